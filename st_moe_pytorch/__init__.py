@@ -1,0 +1,21 @@
+"""Mixture-of-experts layers of ST-MoE (Zoph et al. 2022) for PyTorch."""
+
+from st_moe_pytorch.experts import GEGLU, Expert, Experts, RMSNorm
+from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.moe import MixtureOfExpertsReturn, MoE, SparseMoEBlock
+from st_moe_pytorch.routing import DenseRouting, Routing
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "GEGLU",
+    "DenseRouting",
+    "Expert",
+    "Experts",
+    "MixtureOfExpertsReturn",
+    "MoE",
+    "RMSNorm",
+    "Routing",
+    "SparseMoEBlock",
+    "TopNGating",
+]

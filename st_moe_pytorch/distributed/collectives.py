@@ -1,0 +1,204 @@
+"""Collectives that autograd can differentiate; each states its adjoint. Axes: r ranks, t rows, d width.
+
+Built on the one collective that every backend has for uneven sizes: gloo gathers, reduces and scatters equal sizes only, and its
+all-to-all exists for single tensors only.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+HEADER = 256
+
+
+class Channel(NamedTuple):
+    """A process group and the layer that talks in it. The group goes by its name, since a module with a group cannot be copied or saved."""
+
+    layer: str
+    group_name: str | None = None
+
+    @property
+    def group(self) -> Any:
+        """The process group, the default one for no name. Raises RuntimeError where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                f"{self.layer} works over several ranks, but there is no process group: call torch.distributed.init_process_group first"
+            )
+        if self.group_name is None:
+            return dist.group.WORLD
+        return dist.distributed_c10d._resolve_process_group(self.group_name)  # pyright: ignore
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Run a collective of torch.distributed in the group; an error of it, such as a timeout, gets the names of layer and rank."""
+        try:
+            collective(*args, group=self.group, **kwargs)
+        except RuntimeError as error:
+            action = f"{collective.__name__} of rank {self.rank} of {self.size}"
+            raise RuntimeError(
+                f"{self.layer}: {action} failed, as it does where a rank died, is late or left out a pass: {error}"
+            ) from error
+
+
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], channel: Channel) -> Tensor:
+    """Send ``sent[rank]`` consecutive rows of x (t ...) to each rank -> the rows received from each, by rank.
+
+    Linear in the rows of all ranks; its adjoint sends the gradients of rows back where they came from: itself, splits swapped.
+    """
+    return _AllToAll.apply(x, list(sent), list(received), channel)
+
+
+class _AllToAll(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], channel: Channel) -> Tensor:
+        ctx.sent, ctx.received, ctx.channel = sent, received, channel
+        return _exchange(x, sent, received, channel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grads[0], ctx.received, ctx.sent, ctx.channel), None, None, None
+
+
+def all_gather(x: Tensor, sizes: Sequence[int], channel: Channel) -> Tensor:
+    """Every rank's rows x (t ...), by rank, on every rank; ``sizes[rank]`` rows each.
+
+    Its adjoint sums over ranks what each has of the gradient for a rank's rows: a reduce-scatter.
+    """
+    return _AllGather.apply(x, list(sizes), channel)
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], channel: Channel) -> Tensor:
+        ctx.sizes, ctx.channel = sizes, channel
+        return _exchange(torch.cat([x] * channel.size), [x.shape[0]] * channel.size, sizes, channel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, ranks = ctx.sizes[ctx.channel.rank], ctx.channel.size
+        parts = all_to_all(grads[0], ctx.sizes, [rows] * ranks, ctx.channel)
+        return parts.view(ranks, rows, *parts.shape[1:]).sum(dim=0), None, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself. Its adjoint multiplies the gradient by factor."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+
+
+class _ScaleGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def join_replicas(
+    rows: Tensor, parameters: Sequence[Tensor], holders: Sequence[Sequence[int]], channel: Channel, data_parallel: Channel | None
+) -> tuple[Tensor, ...]:
+    """Rows and parameters themselves, each parameter being a copy of what the ranks ``holders[i]`` of the channel hold.
+
+    Its adjoint lets the gradient of the rows pass and sums that of a parameter over the ranks of ``data_parallel``, then over its holders
+    in rank order, so that all copies get the same bits. Rows come along because a rank's last gradient of an expert must be known before
+    the sums, and these come before the rows' gradients travel on: the same order of collectives on all ranks.
+    """
+    return _JoinReplicas.apply(list(holders), channel, data_parallel, rows, *parameters)
+
+
+class _JoinReplicas(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, holders: list[Sequence[int]], channel: Channel, data_parallel: Channel | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.holders, ctx.channel, ctx.data_parallel = holders, channel, data_parallel
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, *parameters = grads
+        if ctx.data_parallel is not None:
+            parameters = [grad.clone(memory_format=torch.contiguous_format) for grad in parameters]
+            for grad in parameters:
+                ctx.data_parallel.call(dist.all_reduce, grad)
+        return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel)
+
+
+def _sum_over_holders(grads: list[Tensor], holders: list[Sequence[int]], channel: Channel) -> list[Tensor]:
+    """Each gradient summed over its holders in rank order. Every rank of the channel has to call, with gradients or without."""
+    shared = [[i for i, ranks in enumerate(holders) if rank in ranks and len(ranks) > 1] for rank in range(channel.size)]
+    # as bytes, because the gradients that two ranks share may have another dtype than those that each has with a third
+    wire = [grad.contiguous().flatten().view(torch.uint8) for grad in grads]
+    parts = [wire[i] for indices in shared for i in indices]
+    splits = [sum(wire[i].numel() for i in indices) for indices in shared]
+    device = grads[0].device if grads else None
+    received = _exchange(torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts]), splits, splits, channel)
+    sums: dict[int, Tensor] = {}
+    order = [i for indices in shared for i in indices]
+    for i, part in zip(order, received.split([part.numel() for part in parts]), strict=True):
+        # cloned, since a view as another dtype has to start at a multiple of its size
+        grad = part.clone().view(grads[i].dtype).view(grads[i].shape)
+        sums[i] = sums[i] + grad if i in sums else grad
+    return [sums.get(i, grad) for i, grad in enumerate(grads)]
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], channel: Channel) -> Tensor:
+    output = x.new_empty(sum(received), *x.shape[1:])
+    channel.call(dist.all_to_all_single, output, x.contiguous(), received, sent)
+    return output
+
+
+def gather_counts(
+    counts: Sequence[int], needs_grad: bool, agreement: dict[str, str], channel: Channel, device: Any
+) -> tuple[list[list[int]], bool]:
+    """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many experts.
+
+    It carries a checksum of the agreement, what has to be equal on all ranks. Where it is not, `require_agreement` raises on all of them.
+    """
+    message = [crc32(repr(agreement).encode()), int(needs_grad), *counts]
+    # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where sizes differ
+    gathered = _gather_integers(message[:HEADER] + [0] * (HEADER - len(message)), channel, device)
+    if len({checksum for checksum, *_ in gathered}) > 1:
+        require_agreement(agreement, channel)
+    needs_grad = any(needed for _, needed, *_ in gathered)
+    if len(message) > HEADER:
+        gathered = [first + rest for first, rest in zip(gathered, _gather_integers(message[HEADER:], channel, device), strict=True)]
+    return [line[2 : len(message)] for line in gathered], needs_grad
+
+
+def _gather_integers(values: list[int], channel: Channel, device: Any) -> list[list[int]]:
+    gathered = torch.empty(channel.size, len(values), dtype=torch.int64, device=device)
+    channel.call(dist.all_gather_single, gathered.view(-1), torch.tensor(values, device=device))
+    return gathered.tolist()
+
+
+def require_agreement(agreement: dict[str, str], channel: Channel) -> None:
+    """Raise the same RuntimeError on all ranks, with values and ranks, unless all entries are equal on all ranks."""
+    everyone: list[Any] = [None] * channel.size
+    channel.call(dist.all_gather_object, everyone, agreement)
+    differences = []
+    for key in dict.fromkeys(key for theirs in everyone for key in theirs):
+        ranks: dict[str, list[str]] = {}
+        for rank, theirs in enumerate(everyone):
+            ranks.setdefault(theirs.get(key, "absent"), []).append(str(rank))
+        if len(ranks) > 1:
+            differences.append(f"{key}: " + ", ".join(f"{value} on rank {' '.join(where)}" for value, where in ranks.items()))
+    if differences:
+        layers = " / ".join(dict.fromkeys(theirs["layer"] for theirs in everyone))
+        raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))

@@ -1,0 +1,218 @@
+"""Expert parallelism for whole models: which parameters live where, and what has to know about it. Axes: e experts, r ranks.
+
+Let R ranks run the same model, each on tokens of its own with a loss L_r. Then all gradients are those of the mean of L_r over ranks, as if
+one process had run each rank's tokens through the whole model: under `data_parallel`, and with experts sharded or not.
+Every rank has to run every forward and every backward, on no tokens if it has none.
+"""
+
+import copy
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from st_moe_pytorch.distributed.collectives import Channel, require_agreement
+from st_moe_pytorch.distributed.placement import Placement
+from st_moe_pytorch.distributed.strategies import ExpertParallel, Strategy, check_strategy, strategy_name
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """What `shard_experts` looks for in a model: a module with a list of experts that can keep some of them."""
+
+    experts: nn.ModuleList
+    num_experts: int
+    parallel: ExpertParallel | None
+
+    def shard(self, parallel: ExpertParallel) -> None: ...
+
+
+def shard_experts(model: nn.Module, process_group_or_mesh: Any = None, strategy: str | Strategy = "all_to_all") -> nn.Module:
+    """Keep on each rank, in place, only the experts that it owns, under their global names; all of them start as they are on rank 0.
+
+    process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the experts are spread
+    over the second one and replicated over the first, and their gradients are averaged over both.
+    strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
+
+    Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut expert are equal.
+    Raises ValueError if there is nothing to shard, RuntimeError without a process group, and if the model differs between ranks.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Shardable)}
+    if not layers:
+        raise ValueError(f"model must contain experts, got {type(model).__name__} without any")
+    if done := [name for name, layer in layers.items() if layer.parallel is not None]:
+        raise ValueError(f"model must have its experts unsharded, but {', '.join(done) or 'it'} was sharded before")
+    check_strategy(strategy)
+    groups = _groups(process_group_or_mesh)
+    parallels = {}
+    for name, layer in layers.items():
+        channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
+        parallels[name] = ExpertParallel(channel, Placement(layer.num_experts, channel.size), strategy, True, *data_parallel)
+
+    tensors = {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in model.state_dict().items()}
+    channel = next(iter(parallels.values())).channel
+    require_agreement({"layer": "shard_experts", "strategy": strategy_name(strategy), **tensors}, channel)
+    for name, layer in layers.items():
+        parallel = parallels[name]
+        _copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))
+        layer.shard(parallels[name])
+    return model
+
+
+def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.ModuleList, ExpertParallel]]:
+    """The experts, by the name of their layer, that are sharded, and how."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Shardable))
+    return {name: (layer.experts, layer.parallel) for name, layer in layers if layer.parallel is not None}
+
+
+def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of sharded experts, which nothing else may shard or average: ``fully_shard(model, ignored_params=...)``."""
+    return {parameter for experts, _ in sharded_layers(model).values() for parameter in experts.parameters()}
+
+
+def data_parallel(model: nn.Module, process_group: Any = None, **options: Any) -> DistributedDataParallel:
+    """The model in torch's DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
+
+    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of DistributedDataParallel.
+    Raises ValueError if gradients of experts come from another number of ranks.
+    """
+    ranks = dist.get_world_size(process_group)
+    ignored = []
+    for name, (experts, parallel) in sharded_layers(model).items():
+        if parallel.num_ranks != ranks:
+            raise ValueError(
+                f"{name} has its experts on {parallel.num_ranks} ranks, but process_group has {ranks}: "
+                "to replicate experts, give shard_experts a mesh of shape (replicas, ranks of experts)"
+            )
+        tensors = dict(experts.named_parameters()) | dict(experts.named_buffers())
+        ignored += [f"{name}.experts.{key}".removeprefix(".") for key in tensors]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, process_group=process_group, **options)
+
+
+def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
+    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with those of rank 0."""
+    active: Any = DistributedDataParallel._active_ddp_module
+    mine = next(experts.parameters(), None)
+    if active is not None and any(parameter is mine for parameter in active._module_parameters):
+        raise RuntimeError(
+            f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten them with those of rank 0; "
+            "wrap the model with st_moe_pytorch.distributed.data_parallel instead"
+        )
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm, over the whole model, is at most max_norm.
+
+    Returns the norm before, 0-d float64, the same on every rank. Each expert counts once, however many ranks hold it.
+    """
+    sharded = sharded_parameters(model)
+    dense = [parameter for parameter in model.parameters() if parameter not in sharded]
+    square = _square_norm(dense)
+    by_channel: dict[Channel, list[nn.Parameter]] = {}
+    for experts, parallel in sharded_layers(model).values():
+        channel, holders_of = parallel.channel._replace(layer="clip_grad_norm_"), parallel.placement.holders_of
+        counted = [number for number in parallel.experts if holders_of(number)[0] == channel.rank]
+        by_channel.setdefault(channel, []).extend(p for number in counted for p in experts[number].parameters())
+    for channel, parameters in by_channel.items():
+        # on the device of dense gradients, since a rank may count no expert
+        of_experts = _square_norm(parameters).to(square.device)
+        channel.call(dist.all_reduce, of_experts)
+        square = square + of_experts
+    norm = square.sqrt()
+    for parameters in (dense, list(sharded)):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _square_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Sum of the squares of all gradients, 0-d float64, of whole ones where FSDP holds pieces of them."""
+    norm: Any = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double().square()
+
+
+@torch.no_grad()
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state_dict of the unsharded model, on every rank. A sharded model loads it too, strictly."""
+    state = model.state_dict()
+    for name, (_, parallel) in sharded_layers(model).items():
+        prefix = f"{name}.experts.".removeprefix(".")
+        everyone: list[Any] = [None] * parallel.channel.size
+        parallel.channel.call(dist.all_gather_object, everyone, {key: t for key, t in state.items() if key.startswith(prefix)})
+        for theirs in everyone:
+            state.update({key: t for key, t in theirs.items() if key not in state})
+    return state
+
+
+def check_expert_parallel(
+    moe: nn.Module, x: Tensor, process_group: Any = None, strategy: str | Strategy = "all_to_all"
+) -> dict[str, float]:
+    """Prove on your own experts and ranks that sharding changes nothing but rounding; nothing is kept of it.
+
+    moe: an unsharded MoE layer with deterministic experts; that of rank 0 counts. x (b n d): this rank's tokens, of any b and n.
+    In float64, outputs and gradients of a random function of the layer, sharded over the ranks, are compared with those of one process.
+
+    Prints on rank 0 and returns on all ranks the largest relative error ``max |a - b| / max |b|`` of each tensor; about 1e-15 is exact.
+    """
+    group = _groups(process_group)[0]
+    channel = Channel("check_expert_parallel", group)
+    single = copy.deepcopy(moe).double()
+    _copy_from_first_rank(single, channel)
+    sharded = shard_experts(copy.deepcopy(single), process_group, strategy)
+    xs: list[Any] = [None] * channel.size
+    channel.call(dist.all_gather_object, xs, x.detach().double().cpu())
+    xs = [theirs.to(x.device).requires_grad_() for theirs in xs]
+
+    results = [_random_function(single, theirs, rank) for rank, theirs in enumerate(xs)]
+    torch.stack([loss for _, loss in results]).mean().backward()
+    tokens = xs[channel.rank].detach().requires_grad_()
+    ddp = data_parallel(sharded, channel.group)  # has to live until the backward, in which it averages
+    outputs, loss = _random_function(ddp, tokens, channel.rank)
+    loss.backward()
+
+    pairs = {"outputs": (outputs, results[channel.rank][0]), "gradient of x": (tokens.grad, xs[channel.rank].grad * channel.size)}
+    expected = dict(single.named_parameters())
+    pairs |= {f"gradient of {name}": (p.grad, expected[name].grad) for name, p in sharded.named_parameters() if p.requires_grad}
+    errors: list[Any] = [None] * channel.size
+    channel.call(dist.all_gather_object, errors, {name: _relative_error(*pair) for name, pair in pairs.items()})
+    worst = {name: max(theirs.get(name, 0.0) for theirs in errors) for name in dict.fromkeys(name for theirs in errors for name in theirs)}
+    if channel.rank == 0:
+        print(*(f"{error:.1e}  {name}" for name, error in worst.items()), sep="\n")
+    return worst
+
+
+def _random_function(moe: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Outputs, and a random linear function of them plus the auxiliary loss; all draws depend on the seed only."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        outputs, auxiliary, *_ = moe(x)
+        return outputs, (outputs * torch.randn_like(outputs)).sum() + auxiliary
+
+
+def _relative_error(got: Tensor | None, expected: Tensor | None) -> float:
+    if got is None or expected is None:
+        return 0.0 if got is expected else torch.inf
+    if got.numel() == 0:
+        return 0.0
+    error, size = (got - expected).abs().max().item(), expected.abs().max().item()
+    return error / size if size else error
+
+
+def _groups(where: Any) -> list[str | None]:
+    """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are replicated over."""
+    if not hasattr(where, "mesh_dim_names"):
+        return [None if where is None else where.group_name]
+    if where.ndim > 2:
+        raise ValueError(f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}")
+    return [where.get_group(dimension).group_name for dimension in reversed(range(where.ndim))]
+
+
+@torch.no_grad()
+def _copy_from_first_rank(module: nn.Module, *channels: Channel) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for channel in channels:
+            if not tensor.is_meta:
+                channel.call(dist.broadcast, tensor, group_src=0)

@@ -1,0 +1,47 @@
+"""The names that code written against st-moe-pytorch 0.1.8 imports from here. New code imports from ``st_moe_pytorch``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleList
+
+from st_moe_pytorch.distributed import AllGather
+from st_moe_pytorch.experts import GEGLU, Expert, Experts, RMSNorm
+from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.moe import MixtureOfExpertsReturn, MoE, SparseMoEBlock
+
+__all__ = [
+    "GEGLU",
+    "AllGather",
+    "Expert",
+    "Experts",
+    "MixtureOfExpertsReturn",
+    "MoE",
+    "Module",
+    "ModuleList",
+    "RMSNorm",
+    "SparseMoEBlock",
+    "TopNGating",
+    "cumsum_exclusive",
+    "default",
+    "exists",
+]
+
+
+def exists(val: Any) -> bool:
+    return val is not None
+
+
+def default(val: Any, default: Any) -> Any:
+    """val, or in place of None the default, called if it can be."""
+    if val is not None:
+        return val
+    return default() if callable(default) else default
+
+
+def cumsum_exclusive(t: Tensor, dim: int = -3) -> Tensor:
+    """Sum of the entries before each one along ``dim``."""
+    size = t.shape[dim]
+    first = torch.zeros_like(t.narrow(dim, 0, min(size, 1)))
+    return torch.cat((first, t.narrow(dim, 0, max(size - 1, 0))), dim).cumsum(dim)

@@ -1,0 +1,122 @@
+"""Expert parallelism against one process that runs each rank's tokens, one rank after the other, through the unsharded model."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from st_moe_pytorch import Expert, MoE
+from st_moe_pytorch.distributed import data_parallel, shard_experts
+
+RANKS = (1, 2, 3, 4, 5, 8)
+EXPERTS = (1, 3, 4, 5, 8)
+DIM = 6
+
+
+class Model(nn.Module):
+    """A layer before the MoE, so that the gradients that leave it are seen in a parameter."""
+
+    def __init__(self, num_experts, **options):
+        super().__init__()
+        self.before = nn.Linear(DIM, DIM)
+        experts = [Expert(DIM, 1 + number % 2, prenorm=number % 3 == 1) for number in range(num_experts)]
+        options = {"gating_top_n": min(2, num_experts), "experts": experts} | options
+        self.moe = MoE(DIM, num_experts, balance_loss_coef=0.3, router_z_loss_coef=0.1, **options)
+
+    def forward(self, x, mask=None):
+        return self.moe(self.before(x), mask=mask)
+
+
+def loss_of(model, batch, rank):
+    """A rank's loss: a random linear function of its outputs and the auxiliary losses, times its weight."""
+    x, mask, cotangent, weight = batch
+    torch.manual_seed(rank)  # the same draws for this rank's tokens wherever they are routed
+    outputs, auxiliary, *_ = model(x, mask=mask)
+    return outputs, ((outputs * cotangent).sum() + auxiliary) * weight
+
+
+def batch_of(rank, ranks, case):
+    """Tokens of a rank, other ones and of another number on every rank, and where ranks differ none at all on one of them."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    b, n = {"equal": (2, 5), "one expert": (2, 7)}.get(case, (rank % 3 + 1, 3 + 2 * rank))
+    if case in ("ragged", "weighted") and rank == ranks // 2 and ranks > 1:
+        b, n = ((0, 4), (2, 0))[ranks % 2]
+    x, cotangent = torch.randn(2, b, n, DIM, generator=generator, dtype=torch.float64)
+    mask = torch.rand(b, n, generator=generator) < 0.7 if case in ("ragged", "weighted") else None
+    return x.requires_grad_(), mask, cotangent, b * n if case == "weighted" else 1.0
+
+
+def build(num_experts, case):
+    torch.manual_seed(num_experts)
+    options = {"capacity_factor_train": None} if case == "ragged" else {"capacity_factor_train": 1.0}
+    model = Model(num_experts, **options).double()
+    if case == "one expert":
+        with torch.no_grad():
+            model.before.bias += 3
+            model.moe.gate.to_gates.weight[num_experts // 2] = 5
+    return model
+
+
+def one_process(model, ranks, case):
+    """Each rank's outputs, gradients of its x, and gradients of the parameters, of the mean of all ranks' losses."""
+    batches = [batch_of(rank, ranks, case) for rank in range(ranks)]
+    weights = [batch[3] for batch in batches]
+    scale = ranks / sum(weights) if case == "weighted" else 1.0
+    results = [loss_of(model, batch, rank) for rank, batch in enumerate(batches)]
+    sum(loss * scale / ranks for _, loss in results).backward()
+    return [(outputs, batch[0].grad * ranks) for (outputs, _), batch in zip(results, batches, strict=True)], dict(model.named_parameters())
+
+
+def relative_error(got, expected):
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    if got.numel() == 0:
+        return 0.0
+    error = ((got - expected).abs().max() / expected.abs().max()).item() if expected.any() else got.abs().max().item()
+    return error if error == error else float("inf")
+
+
+def compare(ddp, rank, ranks, case, expected, gradients):
+    """Largest relative error of a rank's outputs and gradients, x's and all parameters'."""
+    batch = batch_of(rank, ranks, case)
+    outputs, loss = loss_of(ddp, batch, rank)
+    scale = ranks / sum(batch_of(r, ranks, case)[3] for r in range(ranks)) if case == "weighted" else 1.0
+    (loss * scale).backward()
+    errors = {"outputs": relative_error(outputs, expected[rank][0]), "x": relative_error(batch[0].grad, expected[rank][1])}
+    for name, parameter in ddp.module.named_parameters():
+        errors[name] = relative_error(parameter.grad, gradients[name].grad)
+    return errors
+
+
+def exactness(rank, num_experts, case):
+    """All ways to run a model over ranks against one process."""
+    ranks, model = dist.get_world_size(), build(num_experts, case)
+    single = copy.deepcopy(model)
+    expected, gradients = one_process(single, ranks, case)
+    if num_experts > 1:  # a single expert leaves the router nothing to learn
+        assert min(p.grad.abs().max() for name, p in gradients.items() if "experts" not in name) > 1e-6
+    errors = {}
+    for strategy in ("all_to_all", "all_gather"):
+        sharded = data_parallel(shard_experts(copy.deepcopy(model), strategy=strategy))
+        errors["sharded", strategy] = compare(sharded, rank, ranks, case, expected, gradients)
+        whole = copy.deepcopy(model)
+        whole.moe.experts.is_distributed, whole.moe.experts.strategy = True, strategy
+        errors["whole", strategy] = compare(DistributedDataParallel(whole), rank, ranks, case, expected, gradients)
+    return {(*way, name): error for way, named in errors.items() for name, error in named.items()}
+
+
+# ragged tokens for all numbers of ranks and experts; the other cases take turns, so that each meets all numbers of both
+CASES = [(ranks, number, "ragged") for ranks in RANKS for number in EXPERTS]
+CASES += [
+    (ranks, number, ("equal", "weighted", "one expert")[(i + j) % 3]) for i, ranks in enumerate(RANKS) for j, number in enumerate(EXPERTS)
+]
+
+
+@pytest.mark.parametrize(("workers", "num_experts", "case"), CASES, indirect=["workers"])
+def test_everything_equals_one_process(workers, num_experts, case):
+    errors = {key: error for result in workers.run(exactness, num_experts, case) for key, error in result.items()}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < 1e-12, {key: error for key, error in errors.items() if error >= 1e-12}

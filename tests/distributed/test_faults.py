@@ -1,0 +1,154 @@
+"""What goes wrong ends in an error that says what, where and on which ranks: never in a hang, an abort or swapped tokens."""
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+from harness import Workers
+from reference import DIM, loss_of, stack
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from st_moe_pytorch import Experts, MoE
+from st_moe_pytorch.distributed import shard_experts
+
+ODD = 1  # the rank that differs
+
+
+def moe_of(rank, num_experts=4, dtype=torch.float32, dim=DIM, mult=1, **options):
+    return MoE(dim, num_experts, mult, **options).to(dtype)
+
+
+def differ_when_sharded(rank, options):
+    shard_experts(moe_of(rank, **(options if rank == ODD else {})))
+
+
+def differ_in_strategy(rank):
+    shard_experts(moe_of(rank), strategy="all_gather" if rank == ODD else "all_to_all")
+
+
+def differ_unsharded(rank, options, strategy):
+    experts = moe_of(rank, **(options if rank == ODD else {})).experts
+    experts.is_distributed = True
+    if rank == ODD:
+        experts.strategy = strategy
+    experts(torch.zeros(2, experts.num_experts, 3, options.get("dim", DIM) if rank == ODD else DIM))
+
+
+def other_tokens(rank, width, dtype, grad):
+    layer = shard_experts(nn.ModuleDict({"moe": moe_of(rank)}))["moe"].experts
+    with torch.set_grad_enabled(grad or rank != ODD):
+        layer(torch.zeros(2, 4, 3, width if rank == ODD else DIM, dtype=dtype if rank == ODD else torch.float32))
+
+
+def skip_a_layer(rank):
+    layers = shard_experts(nn.ModuleDict({"first": moe_of(rank), "second": moe_of(rank)}))
+    x = torch.randn(1, 3, DIM)
+    for name in ("second",) if rank == ODD else ("first", "second"):
+        x = layers[name](x)[0]
+
+
+SAME_ERROR = {
+    "experts": (
+        differ_when_sharded,
+        ({"num_experts": 5},),
+        r"shard_experts: .*gate.to_gates.weight: float32 \(4, 6\) on rank 0 2, .*\(5, 6\) on rank 1",
+    ),
+    "shapes": (differ_when_sharded, ({"mult": 2},), r"shard_experts: .*float32 \(8, 6\) on rank 0 2, float32 \(16, 6\) on rank 1"),
+    "dtypes": (differ_when_sharded, ({"dtype": torch.float64},), r"float32 \(4, 6\) on rank 0 2, float64 \(4, 6\) on rank 1"),
+    "top_n": (differ_when_sharded, ({"gating_top_n": 3},), r"gate.threshold_train: float32 \(2,\) on rank 0 2, float32 \(3,\) on rank 1"),
+    "strategy": (differ_in_strategy, (), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
+    "unsharded experts": (differ_unsharded, ({"num_experts": 300}, "all_to_all"), "number of experts: 4 on rank 0 2, 300 on rank 1"),
+    "unsharded strategy": (differ_unsharded, ({}, "all_gather"), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
+    "width": (other_tokens, (8, torch.float32, True), "moe.experts: .*width of tokens: 6 on rank 0 2, 8 on rank 1"),
+    "dtype": (
+        other_tokens,
+        (DIM, torch.bfloat16, True),
+        "moe.experts: .*dtype of tokens: torch.float32 on rank 0 2, torch.bfloat16 on rank 1",
+    ),
+    "gradients": (other_tokens, (DIM, torch.float32, False), "moe.experts: .*gradients: recorded on rank 0 2, off on rank 1"),
+    "layer": (skip_a_layer, (), "layer: first.experts on rank 0 2, second.experts on rank 1"),
+}
+
+
+def message_of(rank, function, arguments):
+    with pytest.raises(RuntimeError) as caught:
+        function(rank, *arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("function", "arguments", "pattern"), SAME_ERROR.values(), ids=SAME_ERROR)
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_all_ranks_raise_the_same_error_with_the_values_of_each(workers, function, arguments, pattern):
+    messages = workers.run(message_of, function, arguments)
+    assert len(set(messages)) == 1
+    assert re.search(pattern, messages[0])
+
+
+def left_in_ddp(rank):
+    ddp = DistributedDataParallel(shard_experts(nn.Sequential(moe_of(rank, 3))))
+    with pytest.raises(RuntimeError, match=r"0.experts: its sharded experts are inside DistributedDataParallel"):
+        ddp(torch.zeros(1, 2, DIM))
+
+
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_sharded_experts_inside_ddp_are_refused(workers):
+    workers.run(left_in_ddp)
+
+
+class Die(torch.autograd.Function):
+    """Ends the process in the pass asked for."""
+
+    @staticmethod
+    def forward(ctx, x, in_forward):
+        if in_forward:
+            os._exit(7)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        os._exit(7)
+
+
+def die(rank, in_forward):
+    model = shard_experts(stack(3))
+    if rank == ODD:
+        mine = model.blocks[1].moe.experts
+        mine.experts[mine.parallel.experts[0]].register_forward_hook(lambda module, inputs, y: Die.apply(y, in_forward))
+    loss_of(model, rank).backward()
+
+
+def skip_a_backward(rank):
+    model = shard_experts(stack(3))
+    for step in range(2):
+        loss = loss_of(model, rank, step)
+        if rank != ODD or step:
+            loss.backward()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("function", "arguments", "layer", "odd"),
+    [
+        (die, (True,), "blocks.1.moe.experts", "exit code 7"),
+        (die, (False,), "blocks.1.moe.experts", "exit code 7"),
+        (skip_a_backward, (), "blocks.[01].moe.experts", "RuntimeError"),
+    ],
+    ids=["killed in forward", "killed in backward", "backward left out"],
+)
+def test_a_lost_rank_ends_in_the_groups_timeout_with_the_layers_name(function, arguments, layer, odd):
+    outcomes = Workers(3, timeout=5).outcomes(function, *arguments)
+    for rank, (_, error) in enumerate(outcomes):
+        if rank == ODD:
+            assert odd in error
+        else:
+            assert re.search(rf"RuntimeError: {layer}: all_\w+ of rank {rank} of 3 failed", error), error
+
+
+def test_no_process_group():
+    experts = Experts([nn.Linear(2, 2)], is_distributed=True)
+    for run in (lambda: shard_experts(copy.deepcopy(experts)), lambda: experts(torch.ones(1, 1, 1, 2))):
+        with pytest.raises(RuntimeError, match=r"there is no process group: call torch.distributed.init_process_group"):
+            run()

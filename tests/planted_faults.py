@@ -1,0 +1,226 @@
+"""Plant one fault at a time in a copy of the package and see a test turn red: ``python tests/planted_faults.py [name ...]``.
+
+A fault that no test notices ends the script with exit code 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+FAULTS = [
+    Fault(
+        "capacity is off by one",
+        "routing.py",
+        "return max(min(tokens, int(tokens * factor / num_experts)), min_capacity)",
+        "return max(min(tokens, int(tokens * factor / num_experts) + 1), min_capacity)",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "slots restart at every rank",
+        "routing.py",
+        'queues = rearrange(indices.masked_fill(~asked, num_experts), "b n k -> b (k n)")',
+        'queues = rearrange(indices.masked_fill(~asked, num_experts) + 99 * torch.arange(indices.shape[-1]), "b n k -> b (k n)")',
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "second choices are served before the first ones of later tokens",
+        "routing.py",
+        '"b n k -> b (k n)")\n    queues, request',
+        '"b n k -> b (n k)")\n    queues, request',
+        "test_routing.py::test_first_choices_are_served_before_second_ones",
+    ),
+    Fault(
+        "later tokens are served first",
+        "routing.py",
+        "queues, request = queues.sort(dim=-1, stable=True)",
+        "request = queues.shape[-1] - 1 - queues.flip(-1).argsort(dim=-1, stable=True); queues = queues.gather(-1, request)",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "balance loss counts tokens after drops",
+        "gating.py",
+        "balance, z = self._losses(logits, probs, best.indices, mask)",
+        "balance, z = self._losses(logits, probs, best.indices, kept[..., 0])",
+        "test_golden.py::test_losses",
+    ),
+    Fault(
+        "balance loss divides by padding too",
+        "losses.py",
+        "tokens = real.sum(dim=1)",
+        "tokens = torch.ones_like(real).sum(dim=1)",
+        "test_gating.py::test_every_assignment_and_loss_is_the_specifications",
+    ),
+    Fault(
+        "the mask is inverted",
+        "gating.py",
+        "return asked if mask is None else asked & mask.unsqueeze(-1)",
+        "return asked if mask is None else asked & ~mask.unsqueeze(-1)",
+        "test_gating.py::test_every_assignment_and_loss_is_the_specifications",
+    ),
+    Fault(
+        "padding reaches the router",
+        "gating.py",
+        "features = features.masked_fill(~mask.unsqueeze(-1), 0.0)",
+        "features = features + 0.0",
+        "test_gating.py::test_padding_may_hold_anything",
+    ),
+    Fault(
+        "gates are not normalised",
+        "gating.py",
+        "return gates if self.top_n == 1 else gates / (gates.sum(dim=-1, keepdim=True) + self.eps)",
+        "return gates",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "Switch gates are normalised to one",
+        "gating.py",
+        "return gates if self.top_n == 1 else gates",
+        "return gates",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "gates are renormalised after a drop",
+        "gating.py",
+        "gates=gates.view(b, n, self.top_n),",
+        "gates=(gates * kept / ((gates * kept).sum(-1, keepdim=True) + 1e-9)).view(b, n, self.top_n),",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "the z-loss sees the noise",
+        "gating.py",
+        "probs = self._noised(logits, noise_mult if noise_gates else 0.0).softmax(dim=-1)",
+        "logits = self._noised(logits, noise_mult if noise_gates else 0.0); probs = logits.softmax(dim=-1)",
+        "test_gating.py::test_noise_changes_the_routing_by_the_gumbel_distribution_and_not_the_z_loss",
+    ),
+    Fault(
+        "evaluation draws at random",
+        "gating.py",
+        "policy = self.policy_train if self.training else self.policy_eval",
+        "policy = self.policy_train",
+        "test_gating.py::test_evaluation_is_deterministic_and_has_no_losses",
+    ),
+    Fault(
+        "the router runs in the dtype of x",
+        "gating.py",
+        "dtype = torch.promote_types(input.dtype, torch.float32)",
+        "dtype = input.dtype",
+        "test_gating.py::test_half_precision_is_routed_in_float32",
+    ),
+    Fault(
+        "autocast reaches the router",
+        "gating.py",
+        "torch.autocast(device, enabled=False)",
+        "torch.autocast(device, enabled=torch.is_autocast_enabled(device))",
+        "test_gating.py::test_autocast_does_not_reach_the_router",
+    ),
+    Fault(
+        "ties go to the highest expert",
+        "topk.py",
+        "indices.append(left.argmax(dim=-1, keepdim=True))",
+        "indices.append(left.shape[-1] - 1 - left.flip(-1).argmax(dim=-1, keepdim=True))",
+        "test_golden.py::test_assignments_and_gates",
+    ),
+    Fault(
+        "coordinate descent stops early",
+        "topk.py",
+        "for _ in range(n_iters):",
+        "for _ in range(n_iters - 1):",
+        "test_golden.py::test_coordinate_descent",
+    ),
+    Fault(
+        "straight-through passes no gradient",
+        "routing.py",
+        "(1 + (gates - gates.detach()))",
+        "(1 + (gates - gates).detach())",
+        "test_moe.py::test_all_layouts_equal_the_definition",
+    ),
+    Fault(
+        "rows are combined by the gate of the best choice",
+        "routing.py",
+        "weighted = y * self.gates.flatten()[choices].unsqueeze(-1)",
+        "weighted = y * self.gates.flatten()[choices // k * k].unsqueeze(-1)",
+        "test_moe.py::test_all_layouts_equal_the_definition",
+    ),
+    Fault(
+        "a slot without a token is combined",
+        "routing.py",
+        "gates = self.gates.masked_fill(~self.kept, 0.0)",
+        "gates = self.gates; y = torch.cat((y[:-1], y[:1]))",
+        "test_moe.py::test_all_layouts_equal_the_definition",
+    ),
+    Fault(
+        "the block normalises what it adds",
+        "moe.py",
+        "        x = routed + x\n",
+        "        x = routed + self.moe_prenorm(x)\n",
+        "test_moe.py::test_block_is_three_residual_steps",
+    ),
+    Fault(
+        "experts without tokens are skipped",
+        "experts.py",
+        "else expert(block)",
+        "else expert(block) if block.numel() else block",
+        "test_experts.py::test_every_parameter_gets_a_gradient_even_without_tokens",
+    ),
+]
+
+
+def run(test: str, tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run a test on the package in tree."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def copy_tree(to: Path) -> None:
+    for folder in ("st_moe_pytorch", "tests"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def is_noticed(fault: Fault) -> bool:
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        copy_tree(tree)
+        file = tree / "st_moe_pytorch" / fault.file
+        source = file.read_text()
+        if source.count(fault.right) != 1:
+            raise SystemExit(f"{fault.name}: the line to change stands {source.count(fault.right)} times in {fault.file}")
+        file.write_text(source.replace(fault.right, fault.wrong))
+        # 1 is pytest's code for failed tests; an error in collecting would be another
+        return run(fault.test, tree).returncode == 1
+
+
+def main() -> None:
+    chosen = [fault for fault in FAULTS if not sys.argv[1:] or fault.name in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as name:
+        copy_tree(Path(name))
+        for test in sorted({fault.test for fault in chosen}):
+            if (result := run(test, Path(name))).returncode:
+                raise SystemExit(f"{test} fails without any fault:\n{result.stdout}")
+    missed = 0
+    for fault in chosen:
+        noticed = is_noticed(fault)
+        missed += not noticed
+        print(f"{'noticed' if noticed else 'MISSED '}  {fault.name}  ({fault.test})", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults noticed")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
