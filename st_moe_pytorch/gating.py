@@ -147,15 +147,16 @@ class TopNGating(nn.Module):
         noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the clean ones.
         mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
         route_by (b n d) is what the router looks at instead of x, such as word embeddings.
-        draws (b n k) are uniform numbers in [0, 1) for the "random" policy instead of fresh ones; those of first choices are ignored.
+        draws (b n k), or by group, are uniform numbers in [0, 1) for the "random" policy instead of fresh ones; those of first choices
+            are ignored.
         """
         check_tokens(x, self.dim, mask, route_by)
         if x.ndim != 3:
             raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
         b, n, _ = x.shape
-        if draws is not None and draws.shape != (b, n, self.top_n):
-            raise ValueError(f"draws must have shape {(b, n, self.top_n)}, a number for every choice, got {tuple(draws.shape)}")
         groups = self._groups(b, n)
+        if draws is not None and draws.shape not in ((b, n, self.top_n), (*groups, self.top_n)):
+            raise ValueError(f"draws must have shape {(b, n, self.top_n)}, a number for every choice, got {tuple(draws.shape)}")
         features = x if route_by is None else route_by
         if mask is not None:
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
