@@ -4,8 +4,9 @@
     python examples/train_lm.py --dense --out runs/dense     # the baseline: as much compute per token, no routing
     python examples/train_lm.py --text book.txt --out runs/book --prompt "Once "
     python examples/train_lm.py --resume                     # continue a run that was stopped or killed, with the very same numbers
+    torchrun --nproc-per-node 2 examples/train_lm.py --expert-parallel      # the same model over two processes
 
-The output directory gets checkpoint.pt, metrics.jsonl (a line per evaluation) and training.png.
+The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation) and training.png.
 """
 
 import argparse
@@ -13,28 +14,42 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sysconfig
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from einops import rearrange
-from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter
+from plot_runs import plot_training, read_history
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from st_moe_pytorch import Expert, MoE, RMSNorm, Routing, SparseMoEBlock, TopNGating
-
-matplotlib.use("Agg")
+from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, shard_experts
 
 HEAD_DIM = 32
 TOP_N = 2
-EVAL_WINDOWS = 128
+EVAL_BATCHES = 16
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def start_processes(expert_parallel: bool) -> None:
+    """Join the processes that torchrun started; a process of its own is a group of one."""
+    alone = {} if expert_parallel else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5), **alone)
+
+
+def mean_over_ranks(t: Tensor) -> Tensor:
+    dist.all_reduce(t)
+    return t / dist.get_world_size()
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -100,7 +115,10 @@ class LanguageModel(nn.Module):
 
 
 class RoutingMonitor:
-    """Counts what becomes of tokens' choices in every sparse layer during training, by wrapping `gate.route`."""
+    """Counts what becomes of tokens' choices in every sparse layer during training, by wrapping `gate.route`.
+
+    Random routing draws its numbers for the batches of all ranks, so that training goes the same way on any number of them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = [module for module in model.modules() if isinstance(module, TopNGating)]
@@ -110,24 +128,25 @@ class RoutingMonitor:
 
     def reset(self) -> None:
         self.asked = [torch.zeros(gate.num_gates) for gate in self.gates]
-        self.choices, self.dropped, self.not_asked = torch.zeros(3, len(self.gates))
+        self.unused = torch.zeros(3, len(self.gates))
 
     def watch(self, layer: int, gate: TopNGating, route: Callable[..., Routing]) -> Callable[..., Routing]:
-        def watched(*args, **kwargs) -> Routing:
-            routing = route(*args, **kwargs)
-            if gate.training:
-                self.asked[layer] += routing.indices[routing.asked].bincount(minlength=gate.num_gates)
-                self.choices[layer] += routing.indices.numel()
-                self.dropped[layer] += routing.dropped.sum()
-                self.not_asked[layer] += routing.not_asked.sum()
+        def watched(x: Tensor, *args, **kwargs) -> Routing:
+            if not gate.training:
+                return route(x, *args, **kwargs)
+            draws = torch.rand(dist.get_world_size() * len(x), x.shape[1], gate.top_n).chunk(dist.get_world_size())[dist.get_rank()]
+            routing = route(x, *args, draws=draws, **kwargs)
+            self.asked[layer] += routing.indices[routing.asked].bincount(minlength=gate.num_gates)
+            self.unused[:, layer] += torch.stack([routing.dropped.sum(), routing.not_asked.sum(), torch.tensor(routing.indices.numel())])
             return routing
 
         return watched
 
     def shares(self) -> dict[str, list]:
         """Per layer: each expert's share of the choices asked for; the shares of all choices that were dropped, or not asked for."""
-        load = [(asked / asked.sum()).tolist() for asked in self.asked]
-        return {"load": load, "dropped": (self.dropped / self.choices).tolist(), "not_asked": (self.not_asked / self.choices).tolist()}
+        dropped, not_asked, choices = mean_over_ranks(self.unused)
+        load = [(asked / asked.sum()).tolist() for asked in map(mean_over_ranks, self.asked)]
+        return {"load": load, "dropped": (dropped / choices).tolist(), "not_asked": (not_asked / choices).tolist()}
 
 
 def read_corpus(args: argparse.Namespace) -> list[Tensor]:
@@ -153,9 +172,10 @@ def windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def training_batch(text: Tensor, step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The batch of a step depends on step and seed alone, so that a resumed run sees what it would have seen."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    return windows(text, torch.randint(len(text) - args.seq_len, (args.batch,), generator=generator), args.seq_len)
+    """This rank's part of a step's batch. All draws of a step depend on step and seed alone: a resumed run sees what it would have seen."""
+    torch.manual_seed(args.seed * 1_000_003 + step)
+    starts = torch.randint(len(text) - args.seq_len, (args.batch,))
+    return windows(text, starts.chunk(dist.get_world_size())[dist.get_rank()], args.seq_len)
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor], autocast: bool) -> tuple[Tensor, Tensor]:
@@ -170,12 +190,11 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor], autocast: bool
 def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace) -> float:
     """Bits per byte on the same windows every time, spread evenly over the text."""
     model.eval()
-    nats = 0.0
-    for starts in torch.linspace(0, len(text) - args.seq_len - 1, EVAL_WINDOWS).long().split(args.batch):
-        loss, _ = cross_entropy(model, windows(text, starts, args.seq_len), args.autocast)
-        nats += loss.item() * len(starts)
+    starts = torch.linspace(0, len(text) - args.seq_len - 1, EVAL_BATCHES * args.batch, dtype=torch.float64).long()
+    mine = starts.view(EVAL_BATCHES, dist.get_world_size(), -1)[:, dist.get_rank()]
+    losses = [cross_entropy(model, windows(text, part, args.seq_len), args.autocast)[0] for part in mine]
     model.train()
-    return nats / EVAL_WINDOWS / math.log(2)
+    return mean_over_ranks(torch.stack(losses).double().mean()).item() / math.log(2)
 
 
 @torch.no_grad()
@@ -206,51 +225,74 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (min((step + 1) / warmup, 1) if progress < 0 else 0.525 + 0.475 * math.cos(math.pi * progress))
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write so that, whenever the process dies, the path holds either the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """States of model and optimizer under global names: those of the experts on this rank, and all that ranks share."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=FLAT)
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
-def write_metrics(args: argparse.Namespace, history: list[dict]) -> None:
-    lines = "".join(json.dumps(record) + "\n" for record in history)
-    replace_file(args.out / "metrics.jsonl", lambda path: path.write_text(lines))
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; there is more than one only after a kill."""
+    return sorted(out.glob("checkpoint-*[0-9]"), key=step_of)
 
 
-def run_settings(args: argparse.Namespace, texts: list[Tensor]) -> dict:
-    """What the numbers of a run depend on: the text and all options but where to write."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "prompt")}
-    return settings | {"text": hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()[:16]}
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def load_checkpoint(args: argparse.Namespace, settings: dict) -> dict | None:
-    path = args.out / "checkpoint.pt"
+def save_checkpoint(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Every rank writes its part. The directory gets its name when it is complete, and then takes the place of the one before."""
+    temporary = out / f"checkpoint-{step}.tmp"
+    dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        older = checkpoints(out)
+        os.replace(temporary, out / f"checkpoint-{step}")
+        for path in older:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what any number of ranks saved."""
+    state = training_state(model, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+
+
+def prepare_output(args: argparse.Namespace, texts: list[Tensor]) -> None:
+    """Make the directory of a new run and note what its numbers depend on: the text and all options but a few. Or find them unchanged."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "prompt", "expert_parallel")}
+    settings["text"] = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()[:16]
+    path = args.out / "settings.json"
     if not path.exists():
-        return None
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+        return
     if not args.resume:
-        raise SystemExit(f"{path} exists: continue that run with --resume, or choose another --out")
-    state = torch.load(path)
-    theirs = state["settings"]
+        raise ValueError(f"{args.out} holds a run: continue it with --resume, or choose another --out")
+    theirs = json.loads(path.read_text())
     different = [f"{name} was {theirs.get(name)}, is now {value}" for name, value in settings.items() if theirs.get(name) != value]
     if different:
-        raise SystemExit(f"{path} belongs to a run with other settings: {'; '.join(different)}")
-    return state
+        raise ValueError(f"{args.out} holds a run with other settings: {'; '.join(different)}")
+    for half_saved in args.out.glob("checkpoint-*.tmp"):
+        shutil.rmtree(half_saved)
+
+
+def write_history(args: argparse.Namespace, history: list[dict]) -> None:
+    if dist.get_rank() == 0:
+        (args.out / "metrics.tmp").write_text("".join(json.dumps(record) + "\n" for record in history))
+        os.replace(args.out / "metrics.tmp", args.out / "metrics.jsonl")
 
 
 def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace) -> list[dict]:
     """Train to the end, from the last checkpoint on if there is one, and return the history: a record per evaluation."""
     optimizer = build_optimizer(model, args.lr)
-    settings = run_settings(args, texts)
-    history = []
-    if (state := load_checkpoint(args, settings)) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random_state"])
-        history = state["history"]
+    history: list[dict] = []
+    for path in checkpoints(args.out)[-1:]:
+        load_checkpoint(path, model, optimizer)
+        history = [record for record in read_history(args.out) if record["step"] <= step_of(path)]
     monitor = RoutingMonitor(model)
-    last = history[-1] if history else {"step": 0, "train_seconds": 0.0, "total_seconds": 0.0}
-    with tqdm(total=args.steps, initial=last["step"], unit="step", dynamic_ncols=True) as progress:
+    last = history[-1] if history else {"step": 0, "train_seconds": 0.0}
+    with tqdm(total=args.steps, initial=last["step"], unit="step", dynamic_ncols=True, disable=dist.get_rank() > 0) as progress:
         while last["step"] < args.steps:
             monitor.reset()
             start, bits = time.perf_counter(), []
@@ -260,20 +302,16 @@ def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace) -> li
                 speed = len(bits) * args.batch * args.seq_len / (time.perf_counter() - start)
                 progress.set_postfix({"bits/byte": f"{bits[-1]:.3f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
                 progress.update()
-            train_seconds = time.perf_counter() - start
             last = {
                 "step": stop,
-                "train_bits": sum(bits) / len(bits),
+                "train_seconds": last["train_seconds"] + time.perf_counter() - start,
+                "train_bits": mean_over_ranks(torch.tensor(bits, dtype=torch.float64)).mean().item(),
                 "validation_bits": evaluate(model, texts[1], args),
-                "train_seconds": last["train_seconds"] + train_seconds,
-                "total_seconds": last["total_seconds"] + time.perf_counter() - start,
                 **monitor.shares(),
             }
             history.append(last)
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()}
-            state = {"settings": settings, "history": history, **states}
-            replace_file(args.out / "checkpoint.pt", lambda path, state=state: torch.save(state, path))
-            write_metrics(args, history)
+            write_history(args, history)
+            save_checkpoint(args.out, stop, model, optimizer)
             progress.write("step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation".format(**last))
     return history
 
@@ -285,7 +323,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tens
     loss, aux_loss = cross_entropy(model, batch, autocast)
     optimizer.zero_grad()
     (loss + aux_loss).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    clip_grad_norm_(model, 1.0)
     optimizer.step()
     return loss.item() / math.log(2)
 
@@ -305,58 +343,17 @@ def describe(model: nn.Module, args: argparse.Namespace) -> str:
     return f"{kind}: {total:,} parameters, {cost}"
 
 
-def plot(history: list[dict], path: Path) -> None:
-    """Learning curves and, of a sparse model, what became of the choices and how much each expert was asked for."""
-    layers, steps = len(history[0]["load"]), [record["step"] for record in history]
-    figure = plt.figure(figsize=(9.6, 3.6 + 1.4 * layers), layout="constrained")
-    grid = figure.add_gridspec(1 + layers, 2, height_ratios=[3.6] + [1.4] * layers)
-    curves = figure.add_subplot(grid[0, 0] if layers else grid[0, :])
-    curves.plot(steps, [record["train_bits"] for record in history], color="0.6", label="training")
-    curves.plot(steps, [record["validation_bits"] for record in history], color="black", label="validation")
-    curves.set(title=f"Loss: {history[-1]['validation_bits']:.2f} bits per byte in validation", xlabel="step", ylabel="bits per byte")
-    curves.legend(frameon=False)
-    if layers:
-        unused = figure.add_subplot(grid[0, 1])
-        for name, style, reason in (("dropped", "-", "dropped, expert full"), ("not_asked", "--", "not asked for, by policy")):
-            for layer in range(layers):
-                shares = [record[name][layer] for record in history]
-                unused.plot(steps, shares, style, color=f"C{layer}", label=f"layer {layer + 1}: {reason}")
-        unused.yaxis.set_major_formatter(PercentFormatter(1))
-        unused.set(title="Choices that reached no expert, in training", xlabel="step", ylabel="share of all choices", ylim=(0, None))
-        unused.legend(frameon=False, fontsize="small")
-        plot_load([figure.add_subplot(grid[1 + layer, :]) for layer in range(layers)], history)
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)
-
-
-def plot_load(panels: list[plt.Axes], history: list[dict]) -> None:
-    experts = len(history[0]["load"][0])
-    edges = [0] + [record["step"] for record in history]
-    for layer, axes in enumerate(panels):
-        load = torch.tensor([record["load"][layer] for record in history]).T
-        image = axes.pcolormesh(edges, range(experts + 1), load, vmin=0, vmax=2 / experts, cmap="RdBu_r")
-        axes.set(ylabel=f"layer {layer + 1}\nexpert", yticks=[expert + 0.5 for expert in range(experts)][:: max(1, experts // 4)])
-        axes.set_yticklabels(range(0, experts, max(1, experts // 4)))
-        axes.tick_params(labelbottom=axes is panels[-1])
-    panels[0].set_title("Load: each expert's share of the choices asked for, in training")
-    panels[-1].set_xlabel("step")
-    bar = panels[0].figure.colorbar(image, ax=panels, format=PercentFormatter(1, decimals=0), extend="max")
-    bar.set_label(f"share (equal: {1 / experts:.1%})")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
     option("--out", type=Path, default="runs/train_lm", help="directory for checkpoint, metrics and picture")
     option("--resume", action="store_true", help="continue the run in --out from its last checkpoint, if it has one")
+    option("--expert-parallel", action="store_true", help="spread experts and batches over the processes that torchrun starts")
     option("--text", type=Path, help="file to train on, whose last tenth is for validation, instead of Python's standard library")
-    dense = f"replace experts by one feed-forward of {TOP_N} times their hidden width: a token costs the FLOPs of its {TOP_N} experts"
-    option(
-        "--dense", action="store_true", help=f"{dense}, to within a hidden unit; the sparse model adds a router and saves unused choices"
-    )
+    option("--dense", action="store_true", help=f"one feed-forward, {TOP_N} times as wide, in place of the {TOP_N} experts of a token")
     option("--autocast", action="store_true", help="compute in bfloat16 where that is safe")
     option("--seed", type=int, default=0, help="decides initial weights, order of the data and random routing")
-    option("--steps", type=int, default=1500, help="updates, over which the learning rate rises and decays")
+    option("--steps", type=int, default=650, help="updates, over which the learning rate rises and decays")
     option("--batch", type=int, default=8, help="sequences per step")
     option("--seq-len", type=int, default=256, help="bytes per sequence")
     option("--dim", type=int, default=128, help=f"width of the model, a multiple of {HEAD_DIM}")
@@ -376,32 +373,53 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--experts must be at least {TOP_N}, the choices of a token, got {args.experts}")
     if not args.prompt:
         parser.error("--prompt must not be empty")
+    if args.expert_parallel and (args.dense or "WORLD_SIZE" not in os.environ):
+        parser.error("--expert-parallel needs a sparse model, and torchrun to start it: torchrun --nproc-per-node 2 train_lm.py ...")
+    if args.expert_parallel and args.batch % int(os.environ["WORLD_SIZE"]):
+        parser.error(f"--batch must be a multiple of the {os.environ['WORLD_SIZE']} processes, got {args.batch}")
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
+def report(model: nn.Module, history: list[dict], args: argparse.Namespace) -> None:
+    """The end of a run: a picture, figures and a sample, which all ranks generate together and one prints."""
+    sample, last = generate(model, args), history[-1]
+    if dist.get_rank() > 0:
+        return
+    plot_training(history, args.out / "training.png")
+    tokens = last["step"] * args.batch * args.seq_len
+    print(f"finished {last['step']} steps: {last['train_seconds']:.0f} s of training, {tokens / last['train_seconds']:,.0f} tokens/s")
+    for layer, load in enumerate(last["load"], start=1):
+        print(f"layer {layer}: experts get {min(load):.1%} to {max(load):.1%} of the choices asked for")
+    print(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {args.out}\n\n{sample}")
+
+
+def run(args: argparse.Namespace) -> None:
     try:
         texts = read_corpus(args)
-        args.out.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            prepare_output(args, texts)
     except (OSError, ValueError) as error:
         raise SystemExit(f"train_lm.py: {error}") from None
     torch.manual_seed(args.seed)
     block = (lambda: DenseBlock(args.dim)) if args.dense else (lambda: sparse_block(args.dim, args.experts, args.capacity_factor))
     model = LanguageModel(args.dim, args.depth, block)
-    print(describe(model, args))
+    if dist.get_rank() == 0:
+        print(describe(model, args))
+    if args.expert_parallel:
+        model = data_parallel(shard_experts(model))
     try:
-        history = train(model, texts, args)
+        report(model, train(model, texts, args), args)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; --resume continues from {args.out / 'checkpoint.pt'}, if there was an evaluation yet") from None
-    last = history[-1]
-    write_metrics(args, history)
-    plot(history, args.out / "training.png")
-    tokens = last["step"] * args.batch * args.seq_len
-    print(f"finished {last['step']} steps: {last['train_seconds']:.0f} s of training, {tokens / last['train_seconds']:,.0f} tokens/s")
-    for layer, load in enumerate(last["load"], start=1):
-        print(f"layer {layer}: experts get {min(load):.1%} to {max(load):.1%} of the choices asked for")
-    print(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {args.out}\n\n{generate(model, args)}")
+        raise SystemExit(f"\nstopped; --resume continues from the checkpoint in {args.out}, if there was an evaluation yet") from None
+
+
+def main() -> None:
+    args = parse_arguments()
+    start_processes(args.expert_parallel)
+    try:
+        run(args)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
