@@ -1,0 +1,90 @@
+"""What travels between ranks: only rows that change rank, in two all-to-alls each way, and the gradients of cut experts."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from st_moe_pytorch import MoE
+from st_moe_pytorch.distributed import shard_experts
+
+DIM, TOKENS = 6, 24
+
+
+@contextmanager
+def recorded():
+    """The collectives called, by name, and the bytes that each sends to other ranks."""
+    calls = []
+    all_to_all, all_gather = dist.all_to_all_single, dist.all_gather_single
+
+    def all_to_all_single(output, x, received, sent, group=None):
+        rank = dist.get_rank()
+        calls.append(("all_to_all", (sum(sent) - sent[rank]) * x[0:1].numel() * x.element_size() if sum(sent) else 0))
+        assert len(x) == sum(sent)
+        all_to_all(output, x, received, sent, group=group)
+
+    def all_gather_single(output, x, group=None):
+        calls.append(("all_gather", x.numel() * x.element_size() * (dist.get_world_size() - 1)))
+        all_gather(output, x, group=group)
+
+    with patch.object(dist, "all_to_all_single", all_to_all_single), patch.object(dist, "all_gather_single", all_gather_single):
+        yield calls
+
+
+def rows_to_other_ranks(moe, x):
+    """Kept choices of this rank's tokens, and those of them whose expert is on another rank. Experts are whole."""
+    placement = moe.experts.parallel.placement
+    routing = moe.gate.route(x)
+    owners = torch.tensor([placement.holders_of(expert)[0] for expert in range(moe.num_experts)])
+    return int((routing.kept & (owners[routing.indices] != dist.get_rank())).sum())
+
+
+def check_traffic(rank, num_experts, dtype):
+    torch.manual_seed(0)
+    moe = shard_experts(MoE(DIM, num_experts, 1)).to(dtype)
+    ranks = dist.get_world_size()
+    x = torch.randn(1, TOKENS, DIM, generator=torch.Generator().manual_seed(rank), dtype=dtype, requires_grad=True)
+    torch.manual_seed(rank)
+    away = torch.tensor([rows_to_other_ranks(moe, x)])
+    everyone = [torch.empty_like(away) for _ in range(ranks)]
+    dist.all_gather(everyone, away)
+    torch.manual_seed(rank)
+    with recorded() as calls:
+        outputs, *_ = moe(x)
+        forward = list(calls)
+        (outputs.sum() + outputs.square().sum()).backward()
+    backward = calls[len(forward) :]
+
+    assert [name for name, _ in forward] == ["all_gather", "all_to_all", "all_to_all"]
+    assert forward[0][1] == 256 * 8 * (ranks - 1)
+    assert forward[1][1] == away.item() * DIM * x.element_size()
+    assert [name for name, _ in backward] == ["all_to_all"] * 2
+    # gradients of results go where the tokens went, and gradients of tokens where the results went
+    assert [size for _, size in backward] == [size for _, size in forward[1:]]
+    total = torch.tensor([size for _, size in calls[1:]])
+    dist.all_reduce(total)
+    assert total.tolist() == [sum(everyone).item() * DIM * x.element_size()] * 4
+
+
+@pytest.mark.parametrize(("num_experts", "dtype"), [(4, torch.float32), (4, torch.float64), (8, torch.bfloat16)])
+@pytest.mark.parametrize("workers", [2, 4], indirect=True)
+def test_only_rows_that_change_rank_travel(workers, num_experts, dtype):
+    workers.run(check_traffic, num_experts, dtype)
+
+
+def check_cut_experts(rank):
+    """Three experts on two ranks: each rank computes one of its own and half of the second, whose gradient it sends to the other."""
+    torch.manual_seed(0)
+    moe = shard_experts(MoE(DIM, 3, 1))
+    with recorded() as calls:
+        outputs, *_ = moe(torch.randn(1, TOKENS, DIM, requires_grad=True))
+        outputs.square().sum().backward()
+    assert [name for name, _ in calls] == ["all_gather"] + ["all_to_all"] * 5
+    assert calls[4][1] == sum(parameter.numel() for parameter in moe.experts.experts[1].parameters()) * 4
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_cut_experts_send_their_gradients_once(workers):
+    workers.run(check_cut_experts)
