@@ -36,7 +36,7 @@ from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, shard_exp
 
 HEAD_DIM = 32
 TOP_N = 2
-EVAL_BATCHES = 16
+EVAL_BATCHES = 32
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
