@@ -9,7 +9,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import check_positive, check_tokens, typechecked
-from st_moe_pytorch.experts import Expert, Experts, RMSNorm
+from st_moe_pytorch.experts import Expert, Experts, RMSNorm, has_hooks
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.routing import DenseRouting, Routing
 
@@ -113,7 +113,7 @@ class MoE(nn.Module):
         shape = x.shape
         x = _grouped(x, len(shape))
         mask, route_by = (None if t is None else _grouped(t, len(shape)) for t in (mask, route_by))
-        if _is_overridden(self.gate, TopNGating) or _has_hooks(self.gate):
+        if _is_overridden(self.gate, TopNGating) or has_hooks(self.gate):
             given = {name: value for name, value in (("mask", mask), ("route_by", route_by)) if value is not None}
             outputs, *losses = self._dense(x, mask, self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given))
         else:
@@ -126,8 +126,8 @@ class MoE(nn.Module):
 
     def _sparse(self, x: Tensor, routing: Routing) -> Tensor:
         """(b n d) -> (b n d'), at a cost linear in n."""
-        needs_slots = torch.compiler.is_compiling() or x.device.type != "cpu" or _is_overridden(self.experts, Experts)
-        if needs_slots:
+        has_static_shapes = torch.compiler.is_compiling() or x.device.type != "cpu"
+        if _is_overridden(self.experts, Experts) or (has_static_shapes and not self.experts.is_distributed):
             return routing.combine(self.experts(routing.dispatch(x)))
         rows, counts, choices = routing.dispatch_rows(x)
         return routing.combine_rows(self.experts(rows, counts), choices)
@@ -190,8 +190,3 @@ def _grouped(t: Tensor, ndim: int) -> Tensor:
 def _is_overridden(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether the module computes something else than cls does: another class or an assigned ``forward``."""
     return "forward" in vars(module) or type(module).forward is not cls.forward
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(len, hooks))

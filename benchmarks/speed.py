@@ -1,0 +1,259 @@
+"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios measured in one run.
+
+    python benchmarks/speed.py                       # everything, about half an hour
+    python benchmarks/speed.py --only decoding       # the workloads with that word in their name
+    python benchmarks/speed.py --no-peers            # without installing other libraries into a temporary folder
+
+Compared are, each in fresh processes that take turns:
+
+    floor     only the matrix products of the experts on the rows that the layer routes, forward and backward
+    layer     `MoE`
+    dense     `MoE` through the einsums with its dense tensors, which are quadratic in n
+    0.1.8     st-moe-pytorch 0.1.8
+    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers: gated experts of the same size, dropless
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CONTENDERS = ("floor", "layer", "dense", "0.1.8", "mixtral")
+PEERS = ("st-moe-pytorch==0.1.8", "transformers")
+
+
+class Workload(NamedTuple):
+    name: str
+    b: int
+    n: int
+    dim: int
+    experts: int
+    k: int = 2
+    training: bool = True
+    """Forward and backward in training mode, or else forward in evaluation under no_grad."""
+    autocast: bool = False
+    compiled: bool = False
+
+
+WORKLOADS = [
+    Workload("README layer", 4, 1024, 512, 16),
+    Workload("README layer, forward only", 4, 1024, 512, 16, training=False),
+    Workload("README layer, bfloat16 autocast", 4, 1024, 512, 16, autocast=True),
+    Workload("README layer, compiled", 4, 1024, 512, 16, compiled=True),
+    Workload("4k tokens", 1, 4096, 512, 16),
+    *(Workload(f"length {n}", 1, n, 256, 16) for n in (1024, 4096, 16384)),
+    *(Workload(f"{experts} experts", 1, 512, 512, experts) for experts in (8, 64, 256)),
+    *(Workload(f"top {k}", 1, 2048, 256, 16, k=k) for k in (1, 2, 4)),
+    *(Workload(f"decoding, batch {b}", b, 1, 512, 16, training=False) for b in (1, 8, 64)),
+]
+
+
+def is_possible(contender: str, work: Workload) -> bool:
+    """0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run without."""
+    if work.compiled or work.autocast:
+        return contender in ("floor", "layer") or (work.autocast and contender == "mixtral")
+    return not (contender == "0.1.8" and work.k < 2)
+
+
+def layer(work: Workload) -> Any:
+    """This library's layer or, in the environment of the peers, that of 0.1.8."""
+    from st_moe_pytorch import MoE
+
+    return MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
+
+
+def mixtral(work: Workload) -> Any:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    hidden = int(work.dim * 4 * 2 / 3)
+    config = MixtralConfig(
+        hidden_size=work.dim,
+        intermediate_size=hidden,
+        num_local_experts=work.experts,
+        num_experts_per_tok=work.k,
+        output_router_logits=True,
+    )
+    block = MixtralSparseMoeBlock(config).train(work.training)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def matrix_products(work: Workload, x: Tensor) -> Callable[[], object]:
+    """The two products of every expert that has rows and, in training, the four of their backward, with the results kept for a step."""
+    moe = layer(work)
+    rows, counts, _ = moe.gate.route(x.detach()).dispatch_rows(x.detach())
+    jobs = []
+    for expert, part in zip(moe.experts.experts, rows.split(counts.tolist()), strict=True):
+        first, _, last = (child.requires_grad_(False) for child in expert.net)
+        if len(part):
+            jobs.append((part, torch.randn(len(part), last.in_features), torch.randn(len(part), first.out_features), first, last))
+
+    def run() -> None:
+        results = [(first(part), last(hidden)) for part, hidden, _, first, last in jobs]
+        if work.training:
+            _ = [
+                (y @ last.weight, y.t() @ hidden, wide @ first.weight, wide.t() @ part)
+                for (part, hidden, wide, first, last), (_, y) in zip(jobs, results, strict=True)
+            ]
+
+    return run
+
+
+def build(contender: str, work: Workload) -> Callable[[], object]:
+    """One forward, and backward in training, of a contender."""
+    torch.manual_seed(0)
+    x = torch.randn(work.b, work.n, work.dim, requires_grad=work.training)
+    if contender == "floor":
+        run = matrix_products(work, x)
+    else:
+        model = mixtral(work) if contender == "mixtral" else layer(work)
+        if contender == "dense":
+            model.gate.forward = model.gate.forward  # an assigned forward decides by its dense tensors
+            warnings.filterwarnings("ignore", message="the gate's forward is overridden")
+        if work.compiled:
+            model = torch.compile(model, fullgraph=True)
+        cotangent = torch.randn_like(x)
+
+        def run() -> None:
+            with torch.set_grad_enabled(work.training):
+                results = model(x)
+                outputs, *losses = results if isinstance(results, tuple) else (results,)
+                if work.training:
+                    total = (outputs * cotangent).sum()
+                    (total + losses[0].sum() if contender != "mixtral" else total).backward()
+                    model.zero_grad(set_to_none=True)
+                    x.grad = None
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=work.autocast):
+            run()
+
+    return step
+
+
+def measure(contender: str, work: Workload) -> dict[str, float]:
+    """Median seconds of a step, and the most memory in bytes that a step takes beyond what was there before (Linux)."""
+    step = build(contender, work)
+    status = Path("/proc/self/status")
+
+    def memory(key: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+
+    peak = 0
+    if status.exists():
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        step()
+        peak = memory("VmHWM") - before
+    step()
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < 1.5 and len(seconds) < 200):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": median(seconds), "memory": peak}
+
+
+def install_peers(folder: str) -> str:
+    """A virtual environment that has the peers and sees the packages of this one for the rest, and its python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = f"{folder}/bin/python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+    )
+    Path(site.stdout.strip(), "parent.pth").write_text(sysconfig.get_path("purelib"))
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True, capture_output=True)
+    return python
+
+
+def compare(work: Workload, pythons: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians over rounds of what every contender takes, each time in a fresh process."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons if is_possible(name, work)}
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    for _ in range(rounds):
+        for contender, results in found.items():
+            command = [pythons[contender], __file__, "--measure", contender, json.dumps(work)]
+            process = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if process.returncode:
+                raise SystemExit(f"{contender}, {work.name}:\n{process.stderr}")
+            results.append(json.loads(process.stdout.splitlines()[-1]))
+    return {name: {key: median(result[key] for result in results) for key in results[0]} for name, results in found.items()}
+
+
+def cells(found: dict[str, dict[str, float]]) -> list[str]:
+    """Time of every contender and memory of all but the floor, as multiples of the floor's and the layer's."""
+    floor, layer = found["floor"]["seconds"], found["layer"]["memory"]
+    times = [f"{found[name]['seconds'] / floor:.2f}" if name in found else "" for name in CONTENDERS[1:]]
+    memories = [f"{found[name]['memory'] / max(layer, 1):.1f}" if name in found else "" for name in CONTENDERS[2:]]
+    return [*times, f"{floor * 1e3:.2f} ms", f"{layer / 2**20:.0f} MiB", *memories]
+
+
+def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Cost per token over the length of the sequence and over the number of experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    series = {"tokens of a sequence": ("length", lambda work: work.n), "experts, for 512 tokens": (" experts", lambda work: work.experts)}
+    for axes, (label, (word, of)) in zip(panels, series.items(), strict=True):
+        works = [work for work in WORKLOADS if word in work.name and work.name in found]
+        for color, name in enumerate(CONTENDERS):
+            points = [(of(work), found[work.name][name]["seconds"] / work.b / work.n * 1e6) for work in works if name in found[work.name]]
+            if points:
+                axes.loglog(*zip(*points, strict=True), marker="o", color=f"C{color}", label=name)
+        axes.set(xlabel=label, ylabel="microseconds per token, forward and backward")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", default="", help="run the workloads whose name contains this")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender and workload, of which the median counts")
+    parser.add_argument("--no-peers", action="store_true", help="compare with nothing that has to be installed")
+    parser.add_argument("--plot", type=Path, help="write a picture of the cost per token here (needs matplotlib)")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        contender, work = args.measure
+        print(json.dumps(measure(contender, Workload(*json.loads(work)))))
+        return
+    works = [work for work in WORKLOADS if args.only in work.name]
+    with tempfile.TemporaryDirectory() as folder:
+        pythons = dict.fromkeys(CONTENDERS[:3], sys.executable)
+        if not args.no_peers:
+            pythons |= dict.fromkeys(CONTENDERS[3:], install_peers(folder))
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n")
+        times = [f"{name} / floor" for name in CONTENDERS[1:]]
+        memories = [f"memory: {name} / layer" for name in CONTENDERS[2:]]
+        header = ["workload", "(b, n, d), experts, k", *times, "floor", "memory of layer", *memories]
+        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        found = {}
+        for work in works:
+            found[work.name] = compare(work, pythons, args.rounds)
+            shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
+            print(f"| {work.name} | {shape} | {' | '.join(cells(found[work.name]))} |", flush=True)
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()
