@@ -353,7 +353,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--dense", action="store_true", help=f"one feed-forward, {TOP_N} times as wide, in place of the {TOP_N} experts of a token")
     option("--autocast", action="store_true", help="compute in bfloat16 where that is safe")
     option("--seed", type=int, default=0, help="decides initial weights, order of the data and random routing")
-    option("--steps", type=int, default=1300, help="updates, over which the learning rate rises and decays")
+    option("--steps", type=int, default=1000, help="updates, over which the learning rate rises and decays")
     option("--batch", type=int, default=4, help="sequences per step")
     option("--seq-len", type=int, default=256, help="bytes per sequence")
     option("--dim", type=int, default=128, help=f"width of the model, a multiple of {HEAD_DIM}")

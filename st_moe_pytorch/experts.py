@@ -195,6 +195,7 @@ class Experts(nn.Module):
         return outputs
 
 
+# modules that compute nothing but what their class and parameters say
 PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
@@ -204,11 +205,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def are_alike(experts: nn.ModuleList) -> bool:
-    """Whether all experts are `Expert`s of one shape, and nothing has been put around them, onto them or into them."""
+    """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into them."""
+
+    def looks(expert: nn.Module) -> list[tuple[Any, ...]]:
+        modules = [(name, type(module), module.training, module.extra_repr()) for name, module in expert.named_modules()]
+        return modules + [(name, type(p), p.dtype, p.device) for name, p in expert.named_parameters()]
+
     modules = [module for expert in experts for module in expert.modules()]
     is_plain = all(type(module) in PLAIN and "forward" not in vars(module) and not has_hooks(module) for module in modules)
-    shapes = [[(name, type(p), p.shape, p.dtype) for name, p in expert.named_parameters()] for expert in experts]
-    return is_plain and all(shape == shapes[0] for shape in shapes) and all(kind is nn.Parameter for _, kind, *_ in shapes[0])
+    is_plain = is_plain and all(type(parameter) is nn.Parameter for parameter in experts.parameters())
+    return is_plain and all(type(expert) is Expert and looks(expert) == looks(experts[0]) for expert in experts)
 
 
 def run_stacked(experts: nn.ModuleList, x: Tensor) -> Tensor:

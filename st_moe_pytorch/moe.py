@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import einsum
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from st_moe_pytorch.checks import check_positive, check_tokens, typechecked
 from st_moe_pytorch.experts import Expert, Experts, RMSNorm, has_hooks
@@ -21,6 +22,10 @@ class MixtureOfExpertsReturn(NamedTuple):
     total_aux_loss: Tensor
     balance_loss: Tensor
     router_z_loss: Tensor
+
+
+# so that torch.export.save knows what to call it
+_register_namedtuple(MixtureOfExpertsReturn, serialized_type_name="st_moe_pytorch.MixtureOfExpertsReturn")
 
 
 class MoE(nn.Module):

@@ -130,12 +130,12 @@ class Routing(NamedTuple):
         holder = torch.full((self._num_slots() + 1,), choices, device=x.device)
         holder = holder.scatter(0, self._positions().flatten(), torch.arange(choices, device=x.device))[:-1]
         slots = self._take(x, holder, may_be_empty=True)
-        return rearrange(slots, "(b e c) d -> b e c d", b=self.groups[0], e=self.num_experts)
+        return slots.view(self.groups[0], self.num_experts, self.capacity, x.shape[-1])
 
     def combine(self, y: Tensor) -> Tensor:
         """Weighted sum of experts' slots y (b e c d) back into tokens (b n d), in the wider dtype of y and the gates."""
         b, n, k = self.indices.shape
-        y = F.pad(rearrange(y, "b e c d -> (b e c) d"), (0, 0, 0, 1))
+        y = F.pad(y.flatten(0, 2), (0, 0, 0, 1))
         chosen = y.index_select(0, self._positions().flatten()).view(b, n, k, y.shape[-1])
         gates = self.gates.masked_fill(~self.kept, 0.0)
         return reduce(chosen * gates.unsqueeze(-1), "b n k d -> b n d", "sum")

@@ -1,5 +1,7 @@
 """torch.compile in one graph and torch.export: the numbers of eager mode."""
 
+import io
+
 import pytest
 import torch
 from oracles import assert_close, gradients
@@ -60,7 +62,7 @@ def check_compiled(block: MoE | SparseMoEBlock, backend: str) -> None:
         assert_close(gradient, wanted, may_vanish="experts" in name or "to_gates" in name)
 
 
-def test_random_policy_follows_the_seed_in_one_graph_for_all_batches_of_a_shape():
+def test_random_policy_follows_the_seed_and_all_new_lengths_share_a_graph():
     moe, graphs = build(policy_train="random", threshold_train=1), []
 
     def counting(graph, example_inputs):
@@ -68,13 +70,13 @@ def test_random_policy_follows_the_seed_in_one_graph_for_all_batches_of_a_shape(
         return graph.forward
 
     compiled = torch.compile(moe, fullgraph=True, backend=counting)
-    for seed in range(3):
-        x = torch.randn(2, 9, 8, dtype=torch.float64)
-        torch.manual_seed(seed)
+    for length, expected_graphs in ((9, 1), (9, 1), (12, 2), (7, 2), (30, 2), (2, 2), (1, 3), (1, 3), (12, 3)):
+        x = torch.randn(2, length, 8, dtype=torch.float64)
+        torch.manual_seed(length)
         expected = moe(x).outputs
-        torch.manual_seed(seed)
+        torch.manual_seed(length)
         assert_close(compiled(x).outputs, expected)
-    assert len(graphs) == 1
+        assert len(graphs) == expected_graphs
 
 
 def test_overridden_gates_compile():
@@ -89,20 +91,17 @@ def test_overridden_gates_compile():
     assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x).outputs, expected)
 
 
-class Outputs(nn.Module):
-    """What is exported is a model: its output is a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moe = build()
-
-    def forward(self, x, mask):
-        return self.moe(x, mask=mask).outputs
-
-
-def test_export():
-    model = Outputs().eval()
+@pytest.mark.parametrize("lengths", ["fixed", "dynamic"])
+def test_exported_evaluation_is_saved_and_loaded(lengths):
+    block = SparseMoEBlock(build(capacity_factor_eval=2.0 if lengths == "fixed" else None)).double().eval()
     x, mask = torch.randn(2, 9, 8, dtype=torch.float64), torch.rand(2, 9) < 0.8
-    program = torch.export.export(model, (x, mask))
-    other = torch.randn(2, 9, 8, dtype=torch.float64)
-    assert_close(program.module()(other, ~mask), model(other, ~mask))
+    shapes = {"x": {1: torch.export.Dim.AUTO}, "mask": {1: torch.export.Dim.AUTO}} if lengths == "dynamic" else None
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(block, (x,), {"mask": mask}, dynamic_shapes=shapes), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for length in (9,) if lengths == "fixed" else (9, 4, 30):
+        x, mask = torch.randn(2, length, 8, dtype=torch.float64), torch.rand(2, length) < 0.8
+        actual = loaded(x, mask=mask)
+        assert_close(actual.outputs, block(x, mask=mask).outputs)
+        assert actual.total_aux_loss.item() == 0.0
