@@ -10,7 +10,10 @@ Compared are, each in fresh processes that take turns:
     layer     `MoE`
     dense     `MoE` through the einsums with its dense tensors, which are quadratic in n
     0.1.8     st-moe-pytorch 0.1.8
-    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers: gated experts of the same size, dropless
+    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the same size, dropless
+
+All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for the gradients of
+all weights, or not, by chance, which for many small experts takes as long as their products.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from torch import Tensor
 
 CONTENDERS = ("floor", "layer", "dense", "0.1.8", "mixtral")
 PEERS = ("st-moe-pytorch==0.1.8", "transformers")
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 class Workload(NamedTuple):
@@ -79,13 +83,13 @@ def mixtral(work: Workload) -> Any:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    hidden = int(work.dim * 4 * 2 / 3)
+    hidden = int(work.dim * 4 * 2 / 3) // 16 * 16  # what its grouped product can do
     config = MixtralConfig(
         hidden_size=work.dim,
         intermediate_size=hidden,
         num_local_experts=work.experts,
         num_experts_per_tok=work.k,
-        output_router_logits=True,
+        experts_implementation="grouped_mm",
     )
     block = MixtralSparseMoeBlock(config).train(work.training)
     for parameter in block.parameters():
@@ -181,10 +185,10 @@ def install_peers(folder: str) -> str:
     return python
 
 
-def compare(work: Workload, pythons: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
+def compare(work: Workload, pythons: dict[str, str], rounds: int, settings: dict[str, str]) -> dict[str, dict[str, float]]:
     """Medians over rounds of what every contender takes, each time in a fresh process."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons if is_possible(name, work)}
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    environment = os.environ | settings | {"PYTHONWARNINGS": "ignore"}
     for _ in range(rounds):
         for contender, results in found.items():
             command = [pythons[contender], __file__, "--measure", contender, json.dumps(work)]
@@ -209,6 +213,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
     series = {"tokens of a sequence": ("length", lambda work: work.n), "experts, for 512 tokens": (" experts", lambda work: work.experts)}
@@ -218,7 +223,13 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
             points = [(of(work), found[work.name][name]["seconds"] / work.b / work.n * 1e6) for work in works if name in found[work.name]]
             if points:
                 axes.loglog(*zip(*points, strict=True), marker="o", color=f"C{color}", label=name)
-        axes.set(xlabel=label, ylabel="microseconds per token, forward and backward")
+        values = sorted({of(work) for work in works})
+        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("µs per token, forward and backward")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -229,6 +240,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the workloads whose name contains this")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each contender and workload, of which the median counts")
     parser.add_argument("--no-peers", action="store_true", help="compare with nothing that has to be installed")
+    parser.add_argument("--default-allocator", action="store_true", help="leave the settings of the allocator as they are")
     parser.add_argument("--plot", type=Path, help="write a picture of the cost per token here (needs matplotlib)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -248,7 +260,7 @@ def main() -> None:
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         found = {}
         for work in works:
-            found[work.name] = compare(work, pythons, args.rounds)
+            found[work.name] = compare(work, pythons, args.rounds, {} if args.default_allocator else KEEP_MEMORY)
             shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
             print(f"| {work.name} | {shape} | {' | '.join(cells(found[work.name]))} |", flush=True)
     if args.plot:

@@ -13,6 +13,7 @@ from st_moe_pytorch.checks import check_positive, check_tokens, typechecked
 from st_moe_pytorch.experts import Expert, Experts, RMSNorm, has_hooks
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.routing import DenseRouting, Routing
+from st_moe_pytorch.upcycle import dense_copies
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -103,6 +104,21 @@ class MoE(nn.Module):
         if experts.num_experts != num_experts:
             raise ValueError(f"experts must hold num_experts={num_experts} modules, got {experts.num_experts}")
         self.experts: Any = experts
+
+    @classmethod
+    def from_dense(cls, ffn: nn.Module, dim: int, num_experts: int = 16, *, noise: float = 0.0, **arguments: Any) -> "MoE":
+        """Sparse upcycling (Komatsuzaki et al. 2022): a layer whose experts start as copies of a trained feed-forward (..., dim).
+
+        By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by computing what ffn does.
+        Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise`` (`dense_copies`).
+        Other arguments as of `MoE`.
+        """
+        arguments = {"capacity_factor_train": None, "capacity_factor_eval": None} | arguments
+        moe = cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), **arguments)
+        if "gate" not in arguments:
+            moe.gate.policy_train = moe.gate.policy_eval = "all"
+            moe.gate.eps = 1e-20  # so that gates sum to 1 in float64 too
+        return moe
 
     def forward(
         self, x: Tensor, noise_gates: bool = False, noise_mult: float = 1.0, *, mask: Tensor | None = None, route_by: Tensor | None = None

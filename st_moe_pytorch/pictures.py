@@ -1,0 +1,121 @@
+"""Pictures of routing, for people who would rather look than read. They need matplotlib, but for the page, which needs nothing."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_moe_pytorch.plan import Plan
+from st_moe_pytorch.routing import Routing
+from st_moe_pytorch.watch import RoutingStats
+
+
+def _figure(panels: int, width: float = 8.0, height: float = 2.2) -> tuple[Any, Any]:
+    """A figure without a display, and its panels below each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height * panels + 0.6), layout="constrained")
+    return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
+
+
+def plot_load(history: Mapping[int, Mapping[str, RoutingStats]], path: str | Path) -> None:
+    """Heat map of the load of every expert, over the steps of a history {step: {layer: stats}}, a panel per layer."""
+    steps = sorted(history)
+    layers = list(history[steps[0]])
+    figure, panels = _figure(len(layers))
+    for axes, layer in zip(panels, layers, strict=True):
+        load = torch.stack([history[step][layer].load() for step in steps], dim=1)
+        experts = load.shape[0]
+        image = axes.imshow(
+            load.cpu().numpy(), aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2 / experts
+        )
+        axes.set(title=f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})", xlabel="step", ylabel="expert")
+        shown = range(0, len(steps), max(len(steps) // 8, 1))
+        axes.set_xticks(list(shown), [str(steps[place]) for place in shown])
+        figure.colorbar(image, ax=axes, extend="max", format=lambda share, _: f"{share:.0%}")
+    figure.savefig(path, dpi=100)
+
+
+def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
+    """Share of the choices at each position that were dropped or not asked for, a panel per layer."""
+    figure, panels = _figure(len(stats))
+    for axes, (layer, counted) in zip(panels, stats.items(), strict=True):
+        axes.plot(counted.dropped_by_position().cpu().numpy(), label="dropped, expert full")
+        axes.plot(counted.not_asked_by_position().cpu().numpy(), label="not asked for, by policy")
+        axes.set(title=layer or "layer", xlabel="position in the sequence", ylabel="share of choices", ylim=(-0.02, 1.02))
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def plot_gates(records: Mapping[str, Sequence[Routing]], path: str | Path) -> None:
+    """Histogram of the gates of first, second and further choices of real tokens, a panel per layer."""
+    figure, panels = _figure(len(records))
+    for axes, (layer, routings) in zip(panels, records.items(), strict=True):
+        for rank in range(routings[0].gates.shape[-1]):
+            gates = torch.cat([routing.gates[~routing.masked][rank :: routing.gates.shape[-1]] for routing in routings])
+            axes.hist(gates.float().cpu().numpy(), bins=50, range=(0, 1), histtype="step", label=f"choice {rank + 1}")
+        axes.set(title=layer or "layer", xlabel="gate", ylabel="tokens")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
+    """What settings would do: where choices go, and what they cost, a bar per setting."""
+    figure, panels = _figure(3, height=0.8 + 0.3 * len(plans))
+    names = list(plans)
+    dropped = [chosen.dropped for chosen in plans.values()]
+    panels[0].barh(names, dropped, label="dropped, expert full")
+    panels[0].barh(names, [chosen.not_asked for chosen in plans.values()], left=dropped, label="not asked for, by policy")
+    panels[0].set(xlabel="share of all choices")
+    panels[0].legend(frameon=False)
+    panels[1].barh(names, [chosen.experts_per_token for chosen in plans.values()])
+    panels[1].set(xlabel="experts that see a token, on average")
+    panels[2].barh(names, [chosen.bytes_per_token for chosen in plans.values()])
+    panels[2].set(xlabel="bytes between ranks for each token")
+    for axes in panels:
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=100)
+
+
+STYLE = """
+body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; max-width: 60em; color: #222; background: #fff }
+h2 { font: bold 16px sans-serif } .legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
+.none { outline: 1px dashed #c00; background: none }
+"""
+
+
+def text_page(tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], row: int = 0) -> str:
+    """An HTML page that shows where the tokens of a text go: each coloured by its first expert, a section per layer.
+
+    tokens: the n tokens of a row of the batch, as text. records: as of `record_routing`; the first call of each layer is shown.
+    Pointing at a token tells all its choices, their gates and what became of them. Tokens that reached no expert are outlined.
+    """
+    sections = []
+    for layer, routings in records.items():
+        routing = routings[0]
+        if len(tokens) != routing.indices.shape[1]:
+            raise ValueError(f"tokens must be the {routing.indices.shape[1]} tokens that {layer or 'the layer'} saw, got {len(tokens)}")
+        spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
+        used = sorted(set(routing.indices[row, :, 0].tolist()))
+        legend = "".join(f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>' for expert in used)
+        sections.append(f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>')
+    style = f"<style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Where tokens go</title>{style}{"".join(sections)}</html>\n'
+
+
+def _span(token: str, routing: Routing, row: int, place: int) -> str:
+    fates = {"kept": routing.kept, "dropped": routing.dropped, "not asked": routing.not_asked, "padding": routing.masked}
+    told = []
+    for rank, expert in enumerate(routing.indices[row, place].tolist()):
+        fate = next(name for name, flags in fates.items() if flags[row, place, rank])
+        told.append(f"expert {expert}: gate {float(routing.gates[row, place, rank]):.2f}, {fate}")
+    color = f'style="background:{_color(int(routing.indices[row, place, 0]), routing.num_experts)}"'
+    look = color if bool(routing.kept[row, place].any()) else 'class="none"'
+    return f'<span {look} title="{escape("&#10;".join(told), quote=True).replace("&amp;#10;", "&#10;")}">{escape(token)}</span>'
+
+
+def _color(expert: int, experts: int) -> str:
+    """Hues apart from each other, light enough for dark text."""
+    return f"hsl({360 * expert / experts:.0f} 75% {(80, 70)[expert % 2]}%)"

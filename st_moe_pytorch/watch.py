@@ -1,0 +1,198 @@
+"""What routers do: records of their decisions, figures from them, and a warning when one collapses."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.routing import Routing
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
+    """Record the routing of every sparse layer of a model: a `Routing`, without gradients, for each call, under the layer's name.
+
+        with record_routing(model) as routings:
+            model(x)
+        routings["blocks.0.moe"][0].dropped
+
+    Nothing else changes, and gates stay without hooks. Layers that run again in the backward are not recorded again. For eager mode.
+    """
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    gates = {name.removesuffix("gate").rstrip("."): gate for name, gate in modules if isinstance(gate, TopNGating)}
+    records: dict[str, list[Routing]] = {name: [] for name in gates}
+    assigned: dict[str, Any] = {name: vars(gate)["route"] for name, gate in gates.items() if "route" in vars(gate)}
+    for name, gate in gates.items():
+        gate.route = _recording(gate.route, records[name])
+    try:
+        yield records
+    finally:
+        for name, gate in gates.items():
+            del gate.route
+            if name in assigned:
+                gate.route = assigned[name]
+
+
+def _recording(route: Any, record: list[Routing]) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Routing:
+        routing = route(*args, **kwargs)
+        if not is_recomputing():
+            detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
+            record.append(routing._replace(**detached))
+        return routing
+
+    return recorded
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Counts of one layer's routing. They add up exactly, over calls, steps and ranks; padding is in none of them."""
+
+    tokens: Tensor
+    """0-d: real tokens."""
+    asked: Tensor
+    """(e): choices asked for, of each expert."""
+    kept: Tensor
+    """(e): choices that reached it."""
+    choices_at: Tensor
+    """(n): choices of real tokens at each position of a sequence,"""
+    dropped_at: Tensor
+    """(n): those of them whose expert was full,"""
+    not_asked_at: Tensor
+    """(n): and those that the policy did not ask for."""
+    without_expert: Tensor
+    """0-d: real tokens that reached no expert."""
+    squared_z: Tensor
+    """0-d float64: sum of logsumexp(logits)^2 over real tokens, whose mean is the router z-loss."""
+
+    @classmethod
+    def of(cls, routings: Routing | Iterable[Routing]) -> "RoutingStats":
+        """Count one routing, or several of one layer."""
+        if not isinstance(routings, Routing):
+            counted = [cls.of(routing) for routing in routings]
+            if not counted:
+                raise ValueError("routings must hold at least one routing, got none: did the layer run inside record_routing?")
+            return sum(counted[1:], counted[0])
+        r = routings
+        real = torch.ones_like(r.kept[..., 0]) if r.mask is None else r.mask
+        z = r.logits.double().logsumexp(dim=-1).square()
+        return cls(
+            tokens=real.sum(),
+            asked=r.indices[r.asked].bincount(minlength=r.num_experts),
+            kept=r.indices[r.kept].bincount(minlength=r.num_experts),
+            choices_at=real.sum(dim=0) * r.indices.shape[-1],
+            dropped_at=r.dropped.sum(dim=(0, 2)),
+            not_asked_at=r.not_asked.sum(dim=(0, 2)),
+            without_expert=(real & ~r.kept.any(dim=-1)).sum(),
+            squared_z=torch.where(real, z, 0.0).sum(),
+        )
+
+    def __add__(self, other: "RoutingStats") -> "RoutingStats":
+        """Both together. Sequences may differ in length."""
+
+        def add(mine: Tensor, theirs: Tensor) -> Tensor:
+            longest = max(mine.numel(), theirs.numel())
+            return _padded(mine, longest) + _padded(theirs, longest)
+
+        return RoutingStats(*(add(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+
+    def over_ranks(self, group: dist.ProcessGroup | None = None) -> "RoutingStats":
+        """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in the same order."""
+        length = self.choices_at.new_tensor(self.choices_at.numel())
+        dist.all_reduce(length, dist.ReduceOp.MAX, group)
+        summed = []
+        for field in fields(self):
+            value: Tensor = getattr(self, field.name)
+            value = _padded(value, int(length)) if field.name.endswith("_at") else value.clone()
+            dist.all_reduce(value, group=group)
+            summed.append(value)
+        return RoutingStats(*summed)
+
+    def scalars(self) -> dict[str, float]:
+        """A few figures, shares of 1 but for the last; 0 where there was nothing to count.
+
+        largest_load, smallest_load: share of the choices asked for that the busiest and the least busy expert got.
+        load_entropy: entropy of these shares, over that of equal ones.
+        unused_experts: share of the experts that nobody asked for.
+        dropped, not_asked: share of all choices that found their expert full, and that the policy did not ask for.
+        tokens_without_expert: share of the tokens that no expert saw.
+        router_z: mean of logsumexp(logits)^2, without bound: what the z-loss keeps small.
+        """
+        load, choices = self.load().double(), self.choices_at.sum()
+        entropy = -torch.special.xlogy(load, load).sum() / math.log(len(load)) if len(load) > 1 else load.sum()
+        values = {
+            "largest_load": load.max(),
+            "smallest_load": load.min(),
+            "load_entropy": entropy,
+            "unused_experts": (self.asked == 0).double().mean(),
+            "dropped": _share(self.dropped_at.sum(), choices),
+            "not_asked": _share(self.not_asked_at.sum(), choices),
+            "tokens_without_expert": _share(self.without_expert, self.tokens),
+            "router_z": _share(self.squared_z, self.tokens),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def load(self) -> Tensor:
+        """(e): share of the choices asked for that each expert got."""
+        return _share(self.asked, self.asked.sum())
+
+    def dropped_by_position(self) -> Tensor:
+        """(n): share of the choices at each position that found their expert full."""
+        return _share(self.dropped_at, self.choices_at)
+
+    def not_asked_by_position(self) -> Tensor:
+        """(n): share of the choices at each position that the policy did not ask for."""
+        return _share(self.not_asked_at, self.choices_at)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part.double() / whole.clamp(min=1)
+
+
+def _padded(counts: Tensor, length: int) -> Tensor:
+    return F.pad(counts, (0, length - counts.numel())) if counts.ndim else counts.clone()
+
+
+def routing_stats(records: Mapping[str, Iterable[Routing]]) -> dict[str, RoutingStats]:
+    """Counts of every layer that `record_routing` saw running."""
+    return {name: RoutingStats.of(routings) for name, routings in records.items() if routings}
+
+
+def write_scalars(writer: Any, stats: Mapping[str, RoutingStats], step: int, prefix: str = "routing") -> None:
+    """Write every layer's scalars with ``writer.add_scalar(tag, value, step)``, as TensorBoard's SummaryWriter has it."""
+    for layer, counted in stats.items():
+        for name, value in counted.scalars().items():
+            writer.add_scalar("/".join(filter(None, (prefix, layer, name))), value, step)
+
+
+def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0.5) -> list[str]:
+    """Warn of layers whose load has less entropy than ``least_entropy`` times that of equal load, and return their names.
+
+    Layers that got fewer than ten tokens for each expert are passed over: their load says little.
+    """
+    collapsed = []
+    for layer, counted in stats.items():
+        load, experts = counted.load(), len(counted.asked)
+        if counted.tokens >= 10 * experts and counted.scalars()["load_entropy"] < least_entropy:
+            collapsed.append(layer)
+            idle = int((load < 0.1 / experts).sum())
+            warnings.warn(
+                f"the router of {layer or 'the layer'} has collapsed: expert {int(load.argmax())} gets {float(load.max()):.0%} of the "
+                f"choices, and {idle} of {experts} experts get less than a tenth of an equal share. Raise balance_loss_coef, lower the "
+                "learning rate, keep router_z_loss_coef above 0, or train with noise_gates=True until the load evens out",
+                stacklevel=2,
+            )
+    return collapsed

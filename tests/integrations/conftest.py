@@ -1,0 +1,4 @@
+import pytest
+
+for package in ("transformers", "peft", "accelerate", "tensorboard"):
+    pytest.importorskip(package)

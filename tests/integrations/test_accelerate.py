@@ -1,0 +1,85 @@
+"""Two processes of accelerate on CPU take the steps of one process with the mean of both losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from st_moe_pytorch import MoE
+from st_moe_pytorch.swap import collect_aux_losses, sparsify
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.mlp = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.mlp(x)
+
+
+def build():
+    def make(ffn):
+        moe = MoE(16, 4, balance_loss_coef=0.3)
+        moe.gate.policy_train = "threshold"
+        return moe
+
+    torch.manual_seed(0)
+    return sparsify(Model(), "mlp", make).double()
+
+
+def batch(step, rank):
+    return torch.randn(2, 10, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def loss_of(model, x):
+    with collect_aux_losses() as aux:
+        outputs = model(x)
+    assert aux.total.item() > 0.1
+    return outputs.square().mean() + aux.total
+
+
+def main(path):
+    """What each process runs."""
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model = build()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(3):
+        accelerator.backward(loss_of(model, batch(step, accelerator.process_index)))
+        optimizer.step()
+        optimizer.zero_grad()
+    if accelerator.is_main_process:
+        torch.save(accelerator.unwrap_model(model).state_dict(), path)
+    accelerator.end_training()
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path / "state.pt")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 0, process.stderr
+    model = build()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        (sum(loss_of(model, batch(step, rank)) for rank in range(2)) / 2).backward()
+        optimizer.step()
+    state = torch.load(tmp_path / "state.pt")
+    assert (state["mlp.moe.gate.to_gates.weight"] - start["mlp.moe.gate.to_gates.weight"]).abs().max() > 1e-4
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-12, atol=1e-14)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

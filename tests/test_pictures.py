@@ -1,0 +1,101 @@
+"""Pictures are drawn from real records, and the page says of every token where it went, in a real browser if there is one."""
+
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from st_moe_pytorch import MoE, SparseMoEBlock
+from st_moe_pytorch.pictures import plot_drops, plot_gates, plot_load, plot_plans, text_page
+from st_moe_pytorch.plan import plan
+from st_moe_pytorch.watch import record_routing, routing_stats
+
+TOKENS = ["def", " f", "(x)", ":\n", "  <b>", ' "&"', " ü", " y"]
+
+
+@pytest.fixture
+def records():
+    model = torch.nn.ModuleDict({"first": MoE(8, 4, capacity_factor_train=0.5), "second": SparseMoEBlock(MoE(8, 5))})
+    model["first"].gate.min_expert_capacity = 1
+    with record_routing(model) as records:
+        for _ in range(3):
+            x = torch.randn(2, len(TOKENS), 8)
+            model["second"](model["first"](x, mask=torch.arange(len(TOKENS)) < torch.tensor([[8], [7]])).outputs)
+    return records
+
+
+def test_pictures_are_written(records, tmp_path):
+    from matplotlib.image import imread
+
+    stats = routing_stats(records)
+    expert = MoE(8, 4).experts.experts[0]
+    plans = plan(records["first"], {"as it is": {}, "one choice": {"top_n": 1}}, expert=expert, dim=8, ranks=2)
+    plot_load({0: stats, 10: stats, 20: stats}, tmp_path / "load.png")
+    plot_drops(stats, tmp_path / "drops.png")
+    plot_gates(records, tmp_path / "gates.png")
+    plot_plans(plans, tmp_path / "plans.png")
+    for name in ("load", "drops", "gates", "plans"):
+        image = imread(tmp_path / f"{name}.png")
+        assert min(image.shape[:2]) > 200
+        assert len({tuple(pixel) for pixel in image.reshape(-1, image.shape[-1])[::7].tolist()}) > 3
+
+
+class Spans(HTMLParser):
+    """Titles and texts of the tokens in each section."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.sections, self.title = [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "section":
+            self.sections.append([])
+        self.title = dict(attrs).get("title")
+
+    def handle_endtag(self, tag):
+        self.title = None
+
+    def handle_data(self, data):
+        if self.title:
+            self.sections[-1].append((data, self.title))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_page_tells_every_choice_of_every_token(records, row):
+    sections = Spans(text_page(TOKENS, records, row)).sections
+    assert len(sections) == 2
+    for section, routings in zip(sections, records.values(), strict=True):
+        assert [text for text, _ in section] == TOKENS
+        routing = routings[0]
+        for place, (_, title) in enumerate(section):
+            for rank, line in enumerate(title.splitlines()):
+                expert, gate, fate = re.fullmatch(r"expert (\d): gate ([\d.]+), (.*)", line).groups()
+                at = row, place, rank
+                assert int(expert) == routing.indices[at]
+                assert float(gate) == pytest.approx(float(routing.gates[at]), abs=0.0051)
+                flags = {"kept": routing.kept, "dropped": routing.dropped, "not asked": routing.not_asked, "padding": routing.masked}
+                assert flags[fate][at]
+
+
+def test_page_wants_the_tokens_that_the_layer_saw(records):
+    with pytest.raises(ValueError, match="tokens must be the 8 tokens that first saw, got 7"):
+        text_page(TOKENS[1:], records)
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_page_in_a_browser(records, tmp_path):
+    (tmp_path / "page.html").write_text(text_page(TOKENS, records), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert [text for text, _ in Spans(dom).sections[0]] == TOKENS
+    assert "Where tokens go" in unescape(dom)

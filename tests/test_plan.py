@@ -1,0 +1,123 @@
+"""Plans from recorded logits against layers really built with those settings, and audits against layers known to be causal or not."""
+
+import pytest
+import torch
+from torch import nn
+
+from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch.plan import audit_dependence, plan, plan_table, reroute
+from st_moe_pytorch.watch import record_routing
+
+SETTINGS = {
+    "as it is": {},
+    "one choice": {"top_n": 1},
+    "three choices": {"top_n": 3, "policy_train": "all"},
+    "tight": {"capacity_factor_train": 0.5, "policy_train": "threshold", "threshold_train": 0.4},
+    "dropless": {"capacity_factor_train": None, "policy_train": "none"},
+    "groups": {"group_size": 8, "priority": "gate", "policy_train": "threshold"},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rerouted_logits_are_what_a_gate_with_the_settings_decides(name, masked):
+    torch.manual_seed(0)
+    gate = TopNGating(8, 4, **SETTINGS[name])
+    x, mask = torch.randn(3, 16, 8), torch.rand(3, 16) < 0.7 if masked else None
+    draws = torch.rand(3, 16, gate.top_n)
+    recorded = TopNGating.route(gate, x, mask=mask)
+    expected = gate.route(x, mask=mask, draws=draws)
+    got = reroute(recorded, draws=draws, **SETTINGS[name])
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def test_plans_count_what_the_layer_would_do():
+    torch.manual_seed(0)
+    moe = MoE(8, 4)
+    x, mask = torch.randn(3, 16, 8), torch.rand(3, 16) < 0.7
+    with record_routing(moe) as records:
+        moe(x, mask=mask)
+        moe(x.flip(1), mask=mask.flip(1))
+    settings = {name: setting for name, setting in SETTINGS.items() if name in ("one choice", "tight", "dropless")}
+    plans = plan(records[""], settings, expert=Expert(8), dim=8, ranks=4, bytes_per_number=2)
+    hidden = int(8 * 4 * 2 / 3)
+    for name, setting in settings.items():
+        gate = TopNGating(8, 4, **setting)
+        gate.to_gates = moe.gate.to_gates
+        routed = [gate.route(x, mask=mask), gate.route(x.flip(1), mask=mask.flip(1))]
+        tokens = 2 * int(mask.sum())
+        rows = sum(int(routing.kept.sum()) for routing in routed) / tokens
+        chosen = plans[name]
+        assert chosen.experts_per_token == pytest.approx(rows)
+        assert chosen.dropped == pytest.approx(sum(int(r.dropped.sum()) for r in routed) / tokens / gate.top_n)
+        assert chosen.balance_loss == pytest.approx(sum(r.balance_loss.item() for r in routed) / 2)
+        assert chosen.router_z_loss == pytest.approx(sum(r.router_z_loss.item() for r in routed) / 2)
+        assert chosen.flops_per_token == pytest.approx(rows * 2 * 3 * 8 * hidden)
+        assert chosen.padded_flops_per_token == pytest.approx(2 * 3 * 4 * routed[0].capacity / tokens * 2 * 3 * 8 * hidden)
+        assert chosen.bytes_per_token == pytest.approx(rows * 4 * 8 * 2 * 3 / 4)
+    assert plans["dropless"].dropped == 0 < plans["tight"].dropped
+    table = plan_table(plans).splitlines()
+    assert len(table) == 5
+    assert table[0].startswith("| setting | experts per token | dropped |")
+    assert table[2].startswith("| one choice | ")
+
+
+def layer(**arguments):
+    torch.manual_seed(0)
+    gate = TopNGating(8, 4, **({"policy_eval": "all", "min_expert_capacity": 1} | arguments))
+    return MoE(8, 4, gate=gate).eval()
+
+
+X = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "later", "rows"),
+    [
+        ({"capacity_factor_eval": None}, False, False),
+        ({"capacity_factor_eval": 0.5, "top_n": 1}, False, False),
+        ({"capacity_factor_eval": 0.5}, True, False),  # a second choice loses its slot to a later first choice
+        ({"capacity_factor_eval": 0.5, "top_n": 1, "priority": "gate"}, True, False),
+        ({"capacity_factor_eval": 0.5, "top_n": 1, "group_size": 36}, False, True),
+        ({"capacity_factor_eval": 0.5, "top_n": 1, "group_size": 36, "priority": "gate"}, True, True),
+    ],
+    ids=["dropless", "capacity, one choice", "capacity, two choices", "gate priority", "groups across rows", "both"],
+)
+def test_audit_finds_what_outputs_depend_on(arguments, later, rows):
+    found = audit_dependence(layer(**arguments), X)
+    if arguments.get("group_size") and arguments.get("priority") is None:
+        # rows follow each other in a group: later tokens of earlier rows come before, so only the first row is causal
+        assert not found.on_later_tokens[0].any()
+        assert not found.on_other_rows[0].any()
+    else:
+        assert bool(found.on_later_tokens.any()) is later
+    assert bool(found.on_other_rows.any()) is rows
+    assert not found.on_padding.any()
+
+
+def test_audit_of_padding_and_of_a_block_in_training():
+    mask = torch.arange(12) < torch.tensor([[12], [5], [0]])
+    torch.manual_seed(0)
+    found = audit_dependence(SparseMoEBlock(MoE(8, 4)), X, mask)
+    assert not found.on_padding.any()
+    assert "padding: no output depends on them" in str(found)
+
+    class Leaky(nn.Module):
+        def forward(self, x, mask):
+            return x + x.mean(dim=1, keepdim=True)
+
+    found = audit_dependence(Leaky(), X, mask)
+    assert torch.equal(found.on_padding, mask & ~mask.all(dim=1, keepdim=True))
+    assert torch.equal(found.on_later_tokens, mask & (torch.arange(12) < 11))
+    assert not found.on_other_rows.any()
+    assert "padding: 5 outputs depend on them: (row, token) (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)" in str(found)
+
+
+def test_audit_leaves_layer_and_random_numbers_alone():
+    moe, state = layer(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in moe.state_dict().items()}
+    audit_dependence(moe, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
+    assert moe.gate.to_gates.weight.dtype == torch.float32

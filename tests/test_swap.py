@@ -1,0 +1,232 @@
+"""Swapping feed-forwards of any model, and collecting the auxiliary losses, against the same layers called by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from st_moe_pytorch import MoE, SparseMoEBlock
+from st_moe_pytorch.swap import SparseFeedForward, collect_aux_losses, sparsify
+
+DIM = 16
+
+
+class Feed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(DIM, 32), nn.GELU(), nn.Linear(32, DIM))
+
+
+class Layer(nn.Module):
+    def __init__(self, mlp=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.mlp = Feed() if mlp is None else mlp
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Model(nn.Module):
+    """Someone else's model, which knows nothing of auxiliary losses."""
+
+    def __init__(self, layers=3, checkpointed=None, shared=False):
+        super().__init__()
+        mlp = Feed() if shared else None
+        self.layers = nn.ModuleList(Layer(mlp) for _ in range(layers))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if self.checkpointed is None else checkpoint(layer, x, use_reentrant=self.checkpointed)
+        return x
+
+
+def make(ffn=None):
+    moe = MoE(DIM, 4, balance_loss_coef=0.3, router_z_loss_coef=0.2)
+    moe.gate.policy_train = "threshold"
+    return moe
+
+
+def sparse(**arguments):
+    torch.manual_seed(0)
+    return sparsify(Model(**arguments), "layers.*.mlp", make).double()
+
+
+def by_hand(model, x):
+    """Outputs and summed auxiliary losses, layer by layer."""
+    total = 0.0
+    for layer in model.layers:
+        y, aux_loss, _, _ = layer.mlp.moe(layer.norm(x))
+        x, total = x + y, total + aux_loss
+    return x, total
+
+
+def gradients(model):
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_equal_gradients(model, mine, theirs):
+    mine.backward()
+    got = gradients(model)
+    theirs.backward()
+    expected = gradients(model)
+    assert min(gradient.abs().max() for name, gradient in expected.items() if "to_gates" in name) > 1e-4
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+X = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+COTANGENT = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("where", ["layers.*.mlp", "*.mlp", Feed, (Feed, nn.Conv1d)], ids=["pattern", "shorter pattern", "type", "types"])
+def test_chosen_modules_become_sparse_layers_of_their_own(where):
+    model = Model()
+    assert sparsify(model, where, make) is model
+    layers = [layer.mlp for layer in model.layers]
+    assert all(type(layer) is SparseFeedForward for layer in layers)
+    assert len({id(layer.moe) for layer in layers}) == 3
+    assert torch.is_tensor(model(X.float()))
+    outputs, _ = by_hand(model.eval(), X.float())
+    assert torch.equal(model(X.float()), outputs)
+
+
+def test_some_layers_only_and_the_outermost_of_nested_ones():
+    model = sparsify(Model(), "layers.[02].*", make)
+    assert [type(layer.norm) for layer in model.layers] == [SparseFeedForward, nn.LayerNorm, SparseFeedForward]
+    model = sparsify(Model(), "*.mlp*", make)
+    assert all(type(layer.mlp) is SparseFeedForward for layer in model.layers)
+
+
+def test_layers_keep_device_dtype_and_mode():
+    model = sparsify(Model().to(torch.bfloat16).eval(), Feed, make)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in model.modules())
+    meta = sparsify(Model().to("meta"), Feed, make)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_make_gets_what_it_replaces():
+    model = Model().double()
+    expected = model(X)
+    sparsify(model, Feed, lambda ffn: MoE.from_dense(ffn, DIM, 4))
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_changed_when_the_call_is_wrong():
+    model = Model()
+    with pytest.raises(ValueError, match=r"where must match modules of the model, got '\*.ffn'; there are layers, layers.0, .*mlp"):
+        sparsify(model, "*.ffn", make)
+    made = iter([make(), nn.Linear(DIM, DIM)])
+    with pytest.raises(ValueError, match="make must return an MoE or a SparseMoEBlock, got Linear"):
+        sparsify(model, Feed, lambda ffn: next(made))
+    assert all(type(layer.mlp) is Feed for layer in model.layers)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"checkpointed": False}], ids=["plain", "checkpointed"])
+def test_losses_are_those_of_the_layers(arguments):
+    model = sparse(**arguments)
+    with collect_aux_losses() as aux:
+        outputs = model(X)
+    expected, total = by_hand(model, X)
+    assert total.item() > 0.5
+    torch.testing.assert_close(aux.total.double(), total, rtol=1e-12, atol=0)
+    assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
+
+
+def test_backward_inside_the_block_counts_recomputed_layers_once():
+    model = sparse(checkpointed=False)
+    with collect_aux_losses() as aux:
+        loss = (model(X) * COTANGENT).sum() + aux.total
+        before = aux.total.item()
+        loss.backward()
+        assert aux.total.item() == before
+
+
+def test_checkpointing_that_loses_the_gradient_is_refused():
+    model, x = sparse(checkpointed=True), X.clone().requires_grad_()
+    with collect_aux_losses(), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(x)
+    model.checkpointed = None
+    with torch.no_grad(), collect_aux_losses() as aux:  # a loss that is only looked at
+        model(x)
+    assert aux.total.item() > 0.5
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model = sparse()
+    losses, expected = [], []
+    for x, cotangent in zip(X.split(1), COTANGENT.split(1), strict=True):
+        with collect_aux_losses() as aux:
+            losses.append(((model(x) * cotangent).sum() + aux.total) / 2)
+        outputs, total = by_hand(model, x)
+        expected.append(((outputs * cotangent).sum() + total) / 2)
+    assert_equal_gradients(model, sum(losses), sum(expected))
+
+
+def test_a_shared_layer_counts_once_for_each_call():
+    model = sparse(shared=True)
+    assert len({id(layer.mlp) for layer in model.layers}) == 1
+    with collect_aux_losses() as aux:
+        model(X)
+    torch.testing.assert_close(aux.total.double(), by_hand(model, X)[1], rtol=1e-12, atol=0)
+
+
+def test_evaluation_adds_nothing_and_nothing_stays_behind():
+    model = sparse()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with collect_aux_losses() as aux:
+        model.eval()(X)
+    assert aux.total == 0
+    model.train()(X)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert aux.total == 0
+
+
+def test_blocks_can_be_nested_and_end_with_errors():
+    model = sparse()
+    with collect_aux_losses() as outer:
+        model(X)
+        with collect_aux_losses() as inner:
+            model(X)
+        with pytest.raises(ValueError, match="x must have shape"):
+            model.layers[0].mlp(X[..., 1:])
+    assert outer.total.item() == inner.total.item() > 0.5
+    try:
+        with collect_aux_losses() as broken:
+            raise KeyError
+    except KeyError:
+        model(X)
+    assert broken.total == 0
+
+
+def test_mask_reaches_the_layer_of_models_that_pass_one():
+    layer = sparse().layers[0].mlp
+    mask = torch.arange(10) < torch.tensor([[10], [4]])
+    with collect_aux_losses() as aux:
+        outputs = layer(X, mask=mask)
+    expected = layer.moe(X, mask=mask)
+    assert torch.equal(outputs, expected.outputs)
+    assert aux.total.item() == expected.total_aux_loss.item()
+
+
+def test_blocks_of_st_moe_can_be_swapped_in():
+    model = sparsify(Model(), Feed, lambda ffn: SparseMoEBlock(make()))
+    with collect_aux_losses() as aux:
+        model(X.float())
+    assert aux.total.item() > 0.5
+
+
+@pytest.mark.compile
+def test_compiled_models_give_the_same_losses_without_recompiling():
+    torch._dynamo.reset()
+    model = sparse()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in (X, X.flip(0)):
+            with collect_aux_losses() as aux:
+                outputs = compiled(x)
+            expected, total = by_hand(model, x)
+            torch.testing.assert_close(aux.total.double(), total, rtol=1e-12, atol=0)
+            assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)

@@ -1,0 +1,88 @@
+"""Upcycling: the sparse layer starts by computing what the dense one did, and experts can be averaged back."""
+
+import pytest
+import torch
+from torch import nn
+
+from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch.upcycle import average_experts, dense_copies
+
+
+def feed_forwards(dim):
+    return {
+        "expert": Expert(dim),
+        "sequential": nn.Sequential(nn.Linear(dim, 24), nn.GELU(), nn.Dropout(0.0), nn.Linear(24, dim)),
+        "narrowing": nn.Linear(dim, 3),
+    }
+
+
+@pytest.mark.parametrize("top_n", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["expert", "sequential", "narrowing"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_layer_starts_as_the_dense_one(kind, top_n, dtype, tolerance):
+    ffn = feed_forwards(16)[kind].to(dtype)
+    x = torch.randn(3, 20, 16, dtype=dtype)
+    for straight_through in (True, False):
+        moe = MoE.from_dense(ffn, 16, 8, gating_top_n=top_n, straight_through_dispatch_tensor=straight_through).to(dtype)
+        for training in (True, False):
+            torch.testing.assert_close(moe.train(training)(x).outputs, ffn(x), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_the_copies_add_up_to_the_dense_ones():
+    ffn = Expert(16).double()
+    moe = MoE.from_dense(ffn, 16, 4).double()
+    x, cotangent = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 9, 16, dtype=torch.float64)
+    (moe(x).outputs * cotangent).sum().backward()
+    (ffn(x) * cotangent).sum().backward()
+    for name, parameter in ffn.named_parameters():
+        assert parameter.grad.abs().max() > 1e-3
+        summed = sum(expert.get_parameter(name).grad for expert in moe.experts.experts)
+        torch.testing.assert_close(summed, parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_block_starts_as_the_block_with_the_dense_layer():
+    ffn = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).double()
+    block = SparseMoEBlock(MoE.from_dense(ffn, 16, 4), add_ff_before=True).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    y = block.ff_before(x) + x
+    y = ffn(block.moe_prenorm(y)) + y
+    torch.testing.assert_close(block(x).outputs, block.ff_after(y) + y, rtol=1e-12, atol=1e-12)
+
+
+def test_arguments_and_a_gate_decide_instead_of_the_defaults():
+    ffn = nn.Linear(8, 8)
+    moe = MoE.from_dense(ffn, 8, 4, capacity_factor_train=1.5, balance_loss_coef=0.5)
+    assert (moe.gate.capacity_factor_train, moe.gate.capacity_factor_eval, moe.balance_loss_coef) == (1.5, None, 0.5)
+    gate = TopNGating(8, 4, policy_train="threshold")
+    assert MoE.from_dense(ffn, 8, 4, gate=gate).gate is gate
+    assert gate.policy_train == "threshold"
+
+
+def test_noise_breaks_the_symmetry_by_as_much_as_it_says():
+    ffn = nn.Linear(64, 64)
+    before = [parameter.clone() for parameter in ffn.parameters()]
+    copies = dense_copies(ffn, 3, noise=0.1)
+    for copy in copies:
+        difference = (copy.weight - ffn.weight).std() / ffn.weight.std()
+        assert 0.08 < difference < 0.12
+    assert not torch.equal(copies[0].weight, copies[1].weight)
+    assert all(map(torch.equal, ffn.parameters(), before))
+    with pytest.raises(ValueError, match="noise must not be negative, got -1"):
+        dense_copies(ffn, 3, noise=-1)
+
+
+def test_averaging_copies_gives_back_the_dense_layer_and_means_of_others():
+    ffn = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    back = average_experts(dense_copies(ffn, 4))
+    assert all(map(torch.equal, back.state_dict().values(), ffn.state_dict().values()))
+    experts = [nn.Linear(4, 4) for _ in range(3)]
+    mean = average_experts(nn.ModuleList(experts))
+    torch.testing.assert_close(mean.weight, (experts[0].weight + experts[1].weight + experts[2].weight) / 3)
+    assert mean not in experts
+
+
+def test_averaging_refuses_nothing_and_what_differs():
+    with pytest.raises(ValueError, match="at least one module"):
+        average_experts([])
+    with pytest.raises(ValueError, match="expert 1 has others than expert 0"):
+        average_experts([nn.Linear(4, 4), nn.Linear(4, 5)])

@@ -1,0 +1,202 @@
+"""Recorded routing, and figures from it, against counts in plain Python."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from st_moe_pytorch import MoE, SparseMoEBlock
+from st_moe_pytorch.watch import RoutingStats, record_routing, routing_stats, warn_of_collapse, write_scalars
+
+
+class Model(nn.Module):
+    def __init__(self, checkpointed=False, **arguments):
+        super().__init__()
+        self.first = MoE(8, 4, **arguments)
+        self.blocks = nn.ModuleList([SparseMoEBlock(MoE(8, 5, **arguments))])
+        self.checkpointed = checkpointed
+
+    def forward(self, x, mask=None):
+        y, aux_loss, _, _ = self.first(x, mask=mask)
+        if self.checkpointed:
+            y, more, _, _ = checkpoint(self.blocks[0], x + y, mask=mask, use_reentrant=False)
+        else:
+            y, more, _, _ = self.blocks[0](x + y, mask=mask)
+        return y, aux_loss + more
+
+
+MASK = torch.arange(12) < torch.tensor([[12], [7], [0]])
+
+
+def recorded(mask=None, calls=1, **arguments):
+    torch.manual_seed(0)
+    model = Model(**arguments)
+    with record_routing(model) as records:
+        for _ in range(calls):
+            model(torch.randn(3, 12, 8), mask)
+    return records
+
+
+def test_layers_are_recorded_by_name_and_nothing_changes():
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 12, 8)
+    state = torch.get_rng_state()
+    expected, aux_loss = model(x)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    torch.set_rng_state(state)
+    with warnings.catch_warnings(), record_routing(model) as records:
+        warnings.simplefilter("error")  # of a dense path
+        outputs, aux = model(x)
+        model.eval()(x)
+    assert torch.equal(outputs, expected)
+    assert torch.equal(aux, aux_loss)
+    assert {name: len(routings) for name, routings in records.items()} == {"first": 2, "blocks.0.moe": 2}
+    assert not records["first"][0].gates.requires_grad
+    assert [float(routing.balance_loss) == 0 for routing in records["first"]] == [False, True]
+    model.train()
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_a_single_layer_has_an_empty_name_and_assigned_routes_stay():
+    moe = MoE(8, 4)
+    calls = []
+    route = moe.gate.route
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return route(*args, **kwargs)
+
+    moe.gate.route = mine
+    with record_routing(moe) as records:
+        moe(torch.randn(1, 6, 8))
+    assert (list(records), len(records[""]), len(calls)) == ([""], 1, 1)
+    assert moe.gate.route is mine
+
+
+def test_layers_that_run_again_in_the_backward_are_recorded_once():
+    model = Model(checkpointed=True)
+    with record_routing(model) as records:
+        outputs, aux_loss = model(torch.randn(3, 12, 8))
+        (outputs.sum() + aux_loss).backward()
+    assert {name: len(routings) for name, routings in records.items()} == {"first": 1, "blocks.0.moe": 1}
+
+
+def counted_by_hand(routings):
+    """Tokens, choices asked for and kept by expert, dropped and not asked for by position, tokens without expert, sum of z^2."""
+    experts = routings[0].num_experts
+    count = {"tokens": 0, "asked": [0] * experts, "kept": [0] * experts, "alone": 0, "z": 0.0}
+    count |= {name: [0] * 12 for name in ("choices", "dropped", "not_asked")}
+    for r in routings:
+        b, n, k = r.indices.shape
+        for row in range(b):
+            for token in range(n):
+                if r.mask is not None and not r.mask[row, token]:
+                    continue
+                count["tokens"] += 1
+                count["z"] += math.log(sum(math.exp(value) for value in r.logits[row, token].double().tolist())) ** 2
+                count["alone"] += not any(r.kept[row, token].tolist())
+                for rank in range(k):
+                    expert = int(r.indices[row, token, rank])
+                    asked, kept = bool(r.asked[row, token, rank]), bool(r.kept[row, token, rank])
+                    count["choices"][token] += 1
+                    count["asked"][expert] += asked
+                    count["kept"][expert] += kept
+                    count["dropped"][token] += asked and not kept
+                    count["not_asked"][token] += not asked
+    return count
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "masked"])
+def test_figures_are_those_counted_by_hand(mask):
+    records = recorded(mask, calls=3, capacity_factor_train=0.5, gating_top_n=3)
+    for name, stats in routing_stats(records).items():
+        count = counted_by_hand(records[name])
+        assert stats.tokens == count["tokens"]
+        assert stats.asked.tolist() == count["asked"]
+        assert stats.kept.tolist() == count["kept"]
+        assert stats.without_expert == count["alone"]
+        assert 0 < sum(count["dropped"]) < sum(count["choices"])
+        assert sum(count["not_asked"]) > 0
+        scalars = stats.scalars()
+        load = [asked / sum(count["asked"]) for asked in count["asked"]]
+        expected = {
+            "largest_load": max(load),
+            "smallest_load": min(load),
+            "load_entropy": -sum(p * math.log(p) for p in load if p) / math.log(len(load)),
+            "unused_experts": sum(p == 0 for p in load) / len(load),
+            "dropped": sum(count["dropped"]) / sum(count["choices"]),
+            "not_asked": sum(count["not_asked"]) / sum(count["choices"]),
+            "tokens_without_expert": count["alone"] / count["tokens"],
+            "router_z": count["z"] / count["tokens"],
+        }
+        assert scalars == pytest.approx(expected, rel=1e-12)
+        by_position = [dropped / max(choices, 1) for dropped, choices in zip(count["dropped"], count["choices"], strict=True)]
+        assert stats.dropped_by_position().tolist() == pytest.approx(by_position)
+        by_position = [missing / max(choices, 1) for missing, choices in zip(count["not_asked"], count["choices"], strict=True)]
+        assert stats.not_asked_by_position().tolist() == pytest.approx(by_position)
+
+
+def test_router_z_is_the_loss_of_the_layer():
+    records = recorded(MASK)
+    stats = routing_stats(records)
+    for name, routings in records.items():
+        assert stats[name].scalars()["router_z"] == pytest.approx(float(routings[0].router_z_loss), rel=1e-6)
+
+
+def test_sums_over_calls_of_different_length_are_those_of_all_calls():
+    torch.manual_seed(0)
+    moe = MoE(8, 4)
+    with record_routing(moe) as records:
+        for n in (5, 12, 1):
+            moe(torch.randn(2, n, 8))
+    stats = RoutingStats.of(records[""])
+    assert stats.choices_at.tolist() == [12] + [8] * 4 + [4] * 7
+    parts = [RoutingStats.of(routing) for routing in records[""]]
+    assert all(map(torch.equal, vars(parts[2] + parts[0] + parts[1]).values(), vars(stats).values()))
+
+
+def test_nothing_to_count_is_zero_and_nothing_recorded_an_error():
+    scalars = RoutingStats.of(recorded(torch.zeros(3, 12, dtype=torch.bool))["first"]).scalars()
+    assert scalars.pop("unused_experts") == 1
+    assert set(scalars.values()) == {0.0}
+    with pytest.raises(ValueError, match="got none: did the layer run inside record_routing"):
+        RoutingStats.of([])
+    assert routing_stats({"unused": []}) == {}
+
+
+def test_scalars_are_written_under_the_layers_names():
+    written = []
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            written.append((tag, value, step))
+
+    stats = routing_stats(recorded())
+    write_scalars(Writer(), stats, step=7)
+    assert len(written) == 16
+    assert ("routing/blocks.0.moe/dropped", stats["blocks.0.moe"].scalars()["dropped"], 7) in written
+
+
+def test_collapsed_routers_are_warned_of():
+    torch.manual_seed(0)
+    model = Model()
+    with torch.no_grad():
+        model.first.gate.to_gates.weight[1:].zero_()
+        model.first.gate.to_gates.weight[0] = 5.0
+    with record_routing(model) as records:
+        for _ in range(4):
+            model(torch.rand(3, 12, 8))
+    model.first.gate.policy_train = "none"
+    with record_routing(model) as records:
+        for _ in range(4):
+            model(torch.rand(3, 12, 8))
+    with pytest.warns(
+        UserWarning, match="router of first has collapsed: expert 0 gets 100% .* and 3 of 4 .* Raise balance_loss_coef"
+    ) as caught:
+        assert warn_of_collapse(routing_stats(records)) == ["first"]
+    assert len(caught) == 1
+    few = {"first": [records["first"][0]._replace(mask=MASK & False)]}
+    assert warn_of_collapse(routing_stats(few)) == []
