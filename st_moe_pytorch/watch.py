@@ -109,7 +109,7 @@ class RoutingStats:
 
         return RoutingStats(*(add(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
-    def over_ranks(self, group: dist.ProcessGroup | None = None) -> "RoutingStats":
+    def over_ranks(self, group: Any = None) -> "RoutingStats":
         """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in the same order."""
         length = self.choices_at.new_tensor(self.choices_at.numel())
         dist.all_reduce(length, dist.ReduceOp.MAX, group)
