@@ -80,7 +80,7 @@ def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
 
 
 STYLE = """
-body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; max-width: 60em; color: #222; background: #fff }
+body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em; max-width: 60em; color: #222; background: #fff }
 h2 { font: bold 16px sans-serif } .legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
 .none { outline: 1px dashed #c00; background: none }
 """
@@ -100,7 +100,9 @@ def text_page(tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], r
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))
         legend = "".join(f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>' for expert in used)
-        sections.append(f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>')
+        sections.append(
+            f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}<span class="none"> no expert </span></p><p>{spans}</p></section>'
+        )
     style = f"<style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Where tokens go</title>{style}{"".join(sections)}</html>\n'
 
