@@ -100,9 +100,8 @@ def text_page(tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], r
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))
         legend = "".join(f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>' for expert in used)
-        sections.append(
-            f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}<span class="none"> no expert </span></p><p>{spans}</p></section>'
-        )
+        legend += '<span class="none"> no expert </span>'
+        sections.append(f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>')
     style = f"<style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Where tokens go</title>{style}{"".join(sections)}</html>\n'
 
