@@ -29,7 +29,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
             model(x)
         routings["blocks.0.moe"][0].dropped
 
-    Nothing else changes, and gates stay without hooks. Layers that run again in the backward are not recorded again. For eager mode.
+    Nothing else changes, and gates stay without hooks. Layers that run again in the backward are not recorded again.
+    Compiled models are compiled once more for it.
     """
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     gates = {name.removesuffix("gate").rstrip("."): gate for name, gate in modules if isinstance(gate, TopNGating)}

@@ -84,6 +84,21 @@ def test_layers_that_run_again_in_the_backward_are_recorded_once():
     assert {name: len(routings) for name, routings in records.items()} == {"first": 1, "blocks.0.moe": 1}
 
 
+@pytest.mark.compile
+def test_compiled_layers_are_recorded_too():
+    torch._dynamo.reset()
+    moe, x = MoE(8, 4).eval(), torch.randn(2, 12, 8)
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    expected = compiled(x).outputs
+    with record_routing(moe) as records:
+        assert torch.equal(compiled(x).outputs, expected)
+        compiled(x.flip(0))
+    assert torch.equal(records[""][0].indices, moe.gate.route(x).indices)
+    assert torch.equal(records[""][1].indices, moe.gate.route(x.flip(0)).indices)
+    compiled(x)
+    assert len(records[""]) == 2
+
+
 def counted_by_hand(routings):
     """Tokens, choices asked for and kept by expert, dropped and not asked for by position, tokens without expert, sum of z^2."""
     experts = routings[0].num_experts
