@@ -24,7 +24,6 @@ class AuxLosses:
     def __init__(self) -> None:
         # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every layer
         self.total: Tensor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        self.expects_grad = torch.is_grad_enabled()
 
 
 _collecting: AuxLosses | None = None
@@ -57,7 +56,7 @@ class SparseFeedForward(nn.Module):
         outputs, aux_loss, _, _ = self.moe(x, mask=mask)
         losses = _collecting
         if losses is not None and self.training and not is_recomputing():
-            if losses.expects_grad and not torch.is_grad_enabled():
+            if losses.total.requires_grad and not torch.is_grad_enabled():
                 raise RuntimeError(
                     "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients in a training step; "
                     "if this is activation checkpointing, choose the kind that keeps them: use_reentrant=False"

@@ -20,6 +20,7 @@ T5 = T5Config(
     vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0
 )
 IDS = torch.randint(1, 40, (4, 16), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "labels": IDS.flip(1)}
 
 
 def deterministic(ffn=None):
@@ -36,10 +37,6 @@ def gpt2():
 def t5():
     torch.manual_seed(0)
     return sparsify(T5ForConditionalGeneration(T5), "*.DenseReluDense", deterministic).train()
-
-
-def inputs(model):
-    return {"input_ids": IDS, "labels": IDS.flip(1)}
 
 
 def losses_by_hand(model, batch):
@@ -64,13 +61,13 @@ def gradients(model, loss):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_losses_and_gradients_are_those_of_the_layers(build, checkpointed):
     model = build().double()
-    loss, aux_loss = losses_by_hand(model, inputs(model))
+    loss, aux_loss = losses_by_hand(model, BATCH)
     expected = gradients(model, loss + aux_loss)
     assert aux_loss.item() > 0.5
     if checkpointed:
         model.activation_checkpointing_enable()
     with collect_aux_losses() as aux:
-        loss = model(**inputs(model)).loss
+        loss = model(**BATCH).loss
     torch.testing.assert_close(aux.total.double(), aux_loss, rtol=1e-10, atol=0)
     torch.testing.assert_close(gradients(model, loss + aux.total), expected, rtol=1e-9, atol=1e-11)
 
@@ -82,7 +79,7 @@ def test_a_training_loop_learns_a_batch(build):
     losses = []
     for _ in range(30):
         with collect_aux_losses() as aux:
-            loss = model(**inputs(model)).loss
+            loss = model(**BATCH).loss
         optimizer.zero_grad()
         (loss + aux.total).backward()
         optimizer.step()
@@ -92,9 +89,19 @@ def test_a_training_loop_learns_a_batch(build):
 
 def arguments(path, **more):
     return TrainingArguments(
-        output_dir=str(path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant", report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, optim="sgd", **more,
-    )  # fmt: skip
+        output_dir=str(path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        optim="sgd",
+        **more,
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
