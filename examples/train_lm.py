@@ -6,7 +6,8 @@
     python examples/train_lm.py --resume                     # continue a run that was stopped or killed, with the very same numbers
     torchrun --nproc-per-node 2 examples/train_lm.py --expert-parallel      # the same model over two processes
 
-The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation) and training.png.
+The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation), training.png, and routing.html,
+which colours a generated text by the experts that its bytes went to.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from tqdm import tqdm
 
 from st_moe_pytorch import Expert, MoE, RMSNorm, Routing, SparseMoEBlock, TopNGating
 from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, shard_experts
+from st_moe_pytorch.pictures import text_page
+from st_moe_pytorch.watch import RoutingStats, record_routing, routing_stats
 
 HEAD_DIM = 32
 TOP_N = 2
@@ -114,39 +117,23 @@ class LanguageModel(nn.Module):
         return self.to_logits(x), total_aux_loss
 
 
-class RoutingMonitor:
-    """Counts what becomes of tokens' choices in every sparse layer during training, by wrapping `gate.route`.
+def draw_alike_on_any_number_of_ranks(gate: TopNGating) -> None:
+    """Draw the numbers of random routing for the batches of all ranks, so that training goes the same way on any number of them."""
+    route, ranks = gate.route, dist.get_world_size()
 
-    Random routing draws its numbers for the batches of all ranks, so that training goes the same way on any number of them.
-    """
+    def routed(x: Tensor, *args, **kwargs) -> Routing:
+        draws = torch.rand(ranks * len(x), x.shape[1], gate.top_n).chunk(ranks)[dist.get_rank()] if gate.training else None
+        return route(x, *args, draws=draws, **kwargs)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.gates = [module for module in model.modules() if isinstance(module, TopNGating)]
-        self.reset()
-        for layer, gate in enumerate(self.gates):
-            gate.route = self.watch(layer, gate, gate.route)
+    gate.route = routed
 
-    def reset(self) -> None:
-        self.asked = [torch.zeros(gate.num_gates) for gate in self.gates]
-        self.unused = torch.zeros(3, len(self.gates))
 
-    def watch(self, layer: int, gate: TopNGating, route: Callable[..., Routing]) -> Callable[..., Routing]:
-        def watched(x: Tensor, *args, **kwargs) -> Routing:
-            if not gate.training:
-                return route(x, *args, **kwargs)
-            draws = torch.rand(dist.get_world_size() * len(x), x.shape[1], gate.top_n).chunk(dist.get_world_size())[dist.get_rank()]
-            routing = route(x, *args, draws=draws, **kwargs)
-            self.asked[layer] += routing.indices[routing.asked].bincount(minlength=gate.num_gates)
-            self.unused[:, layer] += torch.stack([routing.dropped.sum(), routing.not_asked.sum(), torch.tensor(routing.indices.numel())])
-            return routing
-
-        return watched
-
-    def shares(self) -> dict[str, list]:
-        """Per layer: each expert's share of the choices asked for; the shares of all choices that were dropped, or not asked for."""
-        dropped, not_asked, choices = mean_over_ranks(self.unused)
-        load = [(asked / asked.sum()).tolist() for asked in map(mean_over_ranks, self.asked)]
-        return {"load": load, "dropped": (dropped / choices).tolist(), "not_asked": (not_asked / choices).tolist()}
+def shares_of_choices(stats: list[RoutingStats]) -> dict[str, list]:
+    """Per layer: each expert's share of the choices asked for; the shares of all choices that were dropped, or not asked for."""
+    stats = [layer.over_ranks() for layer in stats]
+    scalars = [layer.scalars() for layer in stats]
+    shares = {name: [figures[name] for figures in scalars] for name in ("dropped", "not_asked")}
+    return {"load": [layer.load().tolist() for layer in stats], **shares}
 
 
 def read_corpus(args: argparse.Namespace) -> list[Tensor]:
@@ -198,7 +185,8 @@ def evaluate(model: nn.Module, text: Tensor, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, args: argparse.Namespace, length: int = 400, temperature: float = 0.7) -> str:
+def generate(model: nn.Module, args: argparse.Namespace, length: int = 400, temperature: float = 0.7) -> Tensor:
+    """Bytes (1 n) that begin with the prompt."""
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)
     text = torch.tensor([list(args.prompt.encode())])
@@ -206,7 +194,16 @@ def generate(model: nn.Module, args: argparse.Namespace, length: int = 400, temp
         logits, _ = model(text[:, -args.seq_len :])
         probs = (logits[:, -1] / temperature).softmax(dim=-1)
         text = torch.cat((text, torch.multinomial(probs, 1, generator=generator)), dim=1)
-    return bytes(text[0].tolist()).decode(errors="replace")
+    return text
+
+
+@torch.no_grad()
+def write_page(model: nn.Module, text: Tensor, path: Path) -> None:
+    """A page that colours a text by the experts that its bytes went to. All ranks run the model, one writes."""
+    with record_routing(model) as routings:
+        model(text)
+    if dist.get_rank() == 0 and routings:
+        path.write_text(text_page([bytes([byte]).decode("latin-1") for byte in text[0].tolist()], routings), encoding="utf-8")
 
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -290,15 +287,17 @@ def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace) -> li
     for path in checkpoints(args.out)[-1:]:
         load_checkpoint(path, model, optimizer)
         history = [record for record in read_history(args.out) if record["step"] <= step_of(path)]
-    monitor = RoutingMonitor(model)
+    for gate in [module for module in model.modules() if isinstance(module, TopNGating)]:
+        draw_alike_on_any_number_of_ranks(gate)
     last = history[-1] if history else {"step": 0, "train_seconds": 0.0}
     with tqdm(total=args.steps, initial=last["step"], unit="step", dynamic_ncols=True, disable=dist.get_rank() > 0) as progress:
         while last["step"] < args.steps:
-            monitor.reset()
-            start, bits = time.perf_counter(), []
+            start, bits, counted = time.perf_counter(), [], []
             stop = min(last["step"] + args.eval_every, args.steps)
             for step in range(last["step"], stop):
-                bits.append(update(model, optimizer, training_batch(texts[0], step, args), learning_rate(step, args), args.autocast))
+                with record_routing(model) as routings:
+                    bits.append(update(model, optimizer, training_batch(texts[0], step, args), learning_rate(step, args), args.autocast))
+                counted.append(routing_stats(routings).values())
                 speed = len(bits) * args.batch * args.seq_len / (time.perf_counter() - start)
                 progress.set_postfix({"bits/byte": f"{bits[-1]:.3f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
                 progress.update()
@@ -307,7 +306,7 @@ def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace) -> li
                 "train_seconds": last["train_seconds"] + time.perf_counter() - start,
                 "train_bits": mean_over_ranks(torch.tensor(bits, dtype=torch.float64)).mean().item(),
                 "validation_bits": evaluate(model, texts[1], args),
-                **monitor.shares(),
+                **shares_of_choices([sum(layer[1:], layer[0]) for layer in zip(*counted, strict=True)]),
             }
             history.append(last)
             write_history(args, history)
@@ -381,8 +380,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def report(model: nn.Module, history: list[dict], args: argparse.Namespace) -> None:
-    """The end of a run: a picture, figures and a sample, which all ranks generate together and one prints."""
+    """The end of a run: pictures, figures and a sample, which all ranks generate together and one prints."""
     sample, last = generate(model, args), history[-1]
+    write_page(model, sample[:, -args.seq_len :], args.out / "routing.html")
     if dist.get_rank() > 0:
         return
     plot_training(history, args.out / "training.png")
@@ -390,7 +390,8 @@ def report(model: nn.Module, history: list[dict], args: argparse.Namespace) -> N
     print(f"finished {last['step']} steps: {last['train_seconds']:.0f} s of training, {tokens / last['train_seconds']:,.0f} tokens/s")
     for layer, load in enumerate(last["load"], start=1):
         print(f"layer {layer}: experts get {min(load):.1%} to {max(load):.1%} of the choices asked for")
-    print(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {args.out}\n\n{sample}")
+    print(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {args.out}\n")
+    print(bytes(sample[0].tolist()).decode(errors="replace"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -73,6 +73,7 @@ def test_a_run_writes_metrics_checkpoint_and_picture_and_says_when_it_is_finishe
     run("--text", text, "--out", tmp_path)
     assert "bits per byte in validation" in capsys.readouterr().out
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "routing.html").read_text().count('title="expert ') == 16  # a byte each of the end of the sample
     history = numbers(tmp_path)
     assert [record["step"] for record in history] == [2, 4, 6]
     assert all(sum(record["load"][0]) == pytest.approx(1) for record in history)

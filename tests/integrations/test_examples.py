@@ -1,5 +1,6 @@
 """The examples run to their end, on little."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,10 +12,14 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script, *arguments):
+def start(script, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+
+
+def run(script, *arguments):
+    process = start(script, *arguments)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -35,3 +40,26 @@ def test_upcycling_starts_where_the_dense_model_ended():
     before, upcycled = re.search(r"seed 0: ([\d.]+) bits per byte after 4 steps of the dense model, ([\d.]+) upcycled", printed).groups()
     assert abs(float(before) - float(upcycled)) <= 0.001
     assert "dense, equal time: " in printed
+
+
+@pytest.mark.slow
+def test_ablations_go_on_where_they_were_interrupted(tmp_path):
+    tiny = ["--seq-len", 32, "--dim", 32, "--depth", 1, "--seeds", 0, 1, "--jobs", 2, "--out", tmp_path, "--only", "top 1"]
+    table = run("ablate_lm.py", "--steps", 3, *tiny)
+    for change in ("usual", "top 1"):
+        assert 4 < float(re.search(rf"^\| {change} \| ([\d.]+) \(", table, flags=re.MULTILINE)[1]) < 10
+    runs = sorted(tmp_path.glob("*.json"))
+    assert [run.stem for run in runs] == ["top-1-0", "top-1-1", "usual-0", "usual-1"]
+    bits = [json.loads(path.read_text())["bits"]["none dropped"] for path in runs]
+    assert len(set(bits)) == 4
+
+    runs[0].unlink()
+    times = [path.stat().st_mtime_ns for path in runs[1:]]
+    assert rows_without_seconds(run("ablate_lm.py", "--steps", 3, *tiny)) == rows_without_seconds(table) != []
+    assert [path.stat().st_mtime_ns for path in runs[1:]] == times
+    assert "was run with other settings" in start("ablate_lm.py", "--steps", 4, *tiny).stderr
+    assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def rows_without_seconds(printed):
+    return re.findall(r"^(\|.*?)(?:\d+ \|)?$", printed, flags=re.MULTILINE)
