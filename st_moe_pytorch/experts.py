@@ -48,7 +48,7 @@ class Expert(nn.Module):
     """GEGLU feed-forward (..., dim) -> (..., dim) with ``int(dim * hidden_mult * 2 / 3)`` hidden units.
 
     Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
-    ``dropout`` acts on the hidden units (expert dropout, ST-MoE section 4.2).
+    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4).
     """
 
     @typechecked

@@ -172,7 +172,7 @@ class MoE(nn.Module):
 
 
 class SparseMoEBlock(nn.Module):
-    """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help (section 5, table 12).
+    """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help (appendix C).
 
     ``x = ff_before(x) + x;  x = moe(norm(x)) + x;  x = ff_after(x) + x``, where the feed-forwards normalise their own input.
     """
