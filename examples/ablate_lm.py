@@ -215,6 +215,7 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
     dots.axvline(0, color="0.7", zorder=0)
     dots.set_yticks(range(len(shown)), shown)
     dots.invert_yaxis()
+    dots.locator_params(axis="x", nbins=6)
     dots.set(title="Bits per byte above the usual model", xlabel="worse to the right; a dot per seed, a line for their mean")
     for color, change in enumerate(name for name in changes if name == "usual" or "z-loss" in name or "learning rate" in name):
         for number, result in enumerate(result for result in results if result["change"] == change):
