@@ -2,24 +2,39 @@
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from st_moe_pytorch.checks import typechecked
+from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.moe import MoE
 from st_moe_pytorch.routing import Routing
 from st_moe_pytorch.watch import RoutingStats
 
 
-def reroute(routing: Routing, *, training: bool = True, draws: Tensor | None = None, **settings: Any) -> Routing:
-    """Route recorded logits and mask again, by a `TopNGating` with these settings.
+def reroute(gate: TopNGating, routing: Routing, *, training: bool = True, draws: Tensor | None = None, **changes: Any) -> Routing:
+    """Route recorded logits and mask again, as the gate would if these of its arguments were others.
 
     training: by the settings for training, with losses, or those for evaluation. draws: as in `TopNGating.route`.
     """
-    gate: Any = TopNGating(routing.num_experts, routing.num_experts, **settings).train(training)
-    gate.to_gates = nn.Identity()
-    return gate.route(routing.logits, mask=routing.mask, draws=draws)
+    experts = routing.num_experts
+    other: Any = TopNGating(experts, experts, **settings_of(gate, changes.get("top_n", gate.top_n)) | changes).train(training)
+    other.to_gates = nn.Identity()
+    return other.to(routing.logits.device).route(routing.logits, mask=routing.mask, draws=draws)
+
+
+def settings_of(gate: TopNGating, top_n: int) -> dict[str, Any]:
+    """The arguments that a gate has now, for so many choices: the last threshold is that of further ones."""
+    settings: dict[str, Any] = {name: getattr(gate, name) for name in signature(TopNGating).parameters if name not in ("dim", "num_gates")}
+    for name in ("threshold_train", "threshold_eval"):
+        _, *later = settings.pop(name).tolist()
+        if later:
+            settings[name] = [later[min(choice, len(later) - 1)] for choice in range(top_n - 1)]
+    return settings | {"top_n": top_n}
 
 
 class Plan(NamedTuple):
@@ -43,26 +58,26 @@ class Plan(NamedTuple):
     """Sent to other ranks and back, forward and backward, if experts are spread evenly and independently of the tokens."""
 
 
+@typechecked
 def plan(
+    moe: MoE,
     routings: Iterable[Routing],
     settings: Mapping[str, Mapping[str, Any]],
     *,
-    expert: nn.Module,
-    dim: int,
     ranks: int = 1,
     bytes_per_number: int = 4,
     training: bool = True,
 ) -> dict[str, Plan]:
     """What each of several settings, named, would do to recorded calls of a layer.
 
-    settings: arguments of `TopNGating` by name, such as {"as it is": {}, "one choice": {"top_n": 1}}.
-    expert: one of the layer's experts, whose matrices make the compute. dim: width of the tokens that travel.
+    settings: changes to the arguments of the layer's `TopNGating`, such as {"as it is": {}, "one choice": {"top_n": 1}}.
     """
     routings = list(routings)
-    flops = 2 * sum(parameter.numel() for parameter in expert.parameters() if parameter.ndim > 1)
+    held = sum(expert is not None for expert in moe.experts.experts) if isinstance(moe.experts, Experts) else moe.num_experts
+    flops = 2 * sum(parameter.numel() for parameter in moe.experts.parameters() if parameter.ndim > 1) / held
     plans = {}
-    for name, arguments in settings.items():
-        routed = [reroute(routing, training=training, **arguments) for routing in routings]
+    for name, changes in settings.items():
+        routed = [reroute(moe.gate, routing, training=training, **changes) for routing in routings]
         stats = RoutingStats.of(routed)
         tokens, scalars = max(int(stats.tokens), 1), stats.scalars()
         rows = int(stats.kept.sum()) / tokens
@@ -77,7 +92,7 @@ def plan(
             router_z_loss=sum(float(routing.router_z_loss) for routing in routed) / len(routed),
             flops_per_token=flops * rows,
             padded_flops_per_token=flops * slots,
-            bytes_per_token=4 * rows * dim * bytes_per_number * (ranks - 1) / ranks,
+            bytes_per_token=4 * rows * moe.dim * bytes_per_number * (ranks - 1) / ranks,
         )
     return plans
 
@@ -114,18 +129,20 @@ def audit_dependence(layer: nn.Module, x: Tensor, mask: Tensor | None = None, se
     """Find the outputs of a layer that depend on later tokens, on other rows of the batch or on padding, by changing those.
 
     layer: a module (b n d) -> outputs (b n d'), alone or first of a tuple, such as `MoE` or a `SparseMoEBlock`, as its mode is. A copy of
-        it runs in float64, with the same random numbers each time, about 2 n + b times.
+        it runs in float64, with the same random numbers each time, about 2 (n + b) times.
     x (b n d), mask (b n) True for real tokens. tolerance: change that counts as none, relative to the largest output.
 
     Changed tokens become others of the batch, then random ones. What moves, depends; what does not move might still, on other inputs.
     """
     layer, x = deepcopy(layer).double(), x.double()
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
     b, n, _ = x.shape
     real = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
     given = {} if mask is None else {"mask": mask}
 
     def run(inputs: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
             outputs = layer(inputs, **given)
         return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -75,7 +75,8 @@ def sparsify(
     make: builds the layer for one of them, which it gets. The layer moves to its device, dtype and mode. A feed-forward
         that is shared gets one layer, as shared.
 
-    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found.
+    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found or if
+    what is found is sparse already.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, nn.Module] = {}
@@ -85,6 +86,12 @@ def sparsify(
             found[name] = module
     if not found:
         raise ValueError(f"where must match modules of the model, got {where!r}; there are {', '.join(filter(None, modules))}")
+    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
+    for name, module in found.items():
+        if name.startswith(experts) or any(isinstance(inner, MoE) for inner in module.modules()):
+            raise ValueError(
+                f"where must match dense feed-forwards, got {where!r}, but {name} is sparse already, or part of a sparse layer"
+            )
     layers = {id(module): _in_place_of(module, make(module)) for module in {id(module): module for module in found.values()}.values()}
     for name, module in found.items():
         model.set_submodule(name, layers[id(module)])

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     records: dict[str, list[Routing]] = {name: [] for name in gates}
     assigned: dict[str, Any] = {name: vars(gate)["route"] for name, gate in gates.items() if "route" in vars(gate)}
     for name, gate in gates.items():
-        gate.route = _recording(gate.route, records[name])
+        gate.route = partial(_recorded, gate.route, records[name])  # a copy of the gate gets a copy, that calls its own route
     try:
         yield records
     finally:
@@ -47,15 +48,12 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
                 gate.route = assigned[name]
 
 
-def _recording(route: Any, record: list[Routing]) -> Any:
-    def recorded(*args: Any, **kwargs: Any) -> Routing:
-        routing = route(*args, **kwargs)
-        if not is_recomputing():
-            detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
-            record.append(routing._replace(**detached))
-        return routing
-
-    return recorded
+def _recorded(route: Any, record: list[Routing], *args: Any, **kwargs: Any) -> Routing:
+    routing = route(*args, **kwargs)
+    if not is_recomputing():
+        detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
+        record.append(routing._replace(**detached))
+    return routing
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,13 @@ FAULTS = [
         "test_plan.py::test_rerouted_logits_are_what_a_gate_with_the_settings_decides",
     ),
     Fault(
+        "plans forget the settings of the layer's gate",
+        "plan.py",
+        'settings_of(gate, changes.get("top_n", gate.top_n)) | changes',
+        "changes",
+        "test_plan.py::test_what_is_not_changed_stays_as_the_gate_has_it",
+    ),
+    Fault(
         "the audit changes only other rows",
         "plan.py",
         "later |= moved_by((position >= token).expand(b, n))",

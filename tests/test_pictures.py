@@ -32,8 +32,7 @@ def test_pictures_are_written(records, tmp_path):
     from matplotlib.image import imread
 
     stats = routing_stats(records)
-    expert = MoE(8, 4).experts.experts[0]
-    plans = plan(records["first"], {"as it is": {}, "one choice": {"top_n": 1}}, expert=expert, dim=8, ranks=2)
+    plans = plan(MoE(8, 4), records["first"], {"as it is": {}, "one choice": {"top_n": 1}}, ranks=2)
     plot_load({0: stats, 10: stats, 20: stats}, tmp_path / "load.png")
     plot_drops(stats, tmp_path / "drops.png")
     plot_gates(records, tmp_path / "gates.png")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
 from st_moe_pytorch.plan import audit_dependence, plan, plan_table, reroute
 from st_moe_pytorch.watch import record_routing
 
@@ -18,17 +18,35 @@ SETTINGS = {
 }
 
 
+OTHER_GATE = {"threshold_train": [0.3, 0.6], "capacity_factor_train": 0.8, "policy_train": "threshold", "min_expert_capacity": 1}
+OTHER_THRESHOLDS = {1: [], 2: [0.3], 3: [0.3, 0.6], 4: [0.3, 0.6, 0.6]}
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_rerouted_logits_are_what_a_gate_with_the_settings_decides(name, masked):
     torch.manual_seed(0)
     gate = TopNGating(8, 4, **SETTINGS[name])
     x, mask = torch.randn(3, 16, 8), torch.rand(3, 16) < 0.7 if masked else None
-    draws = torch.rand(3, 16, gate.top_n)
-    recorded = TopNGating.route(gate, x, mask=mask)
-    expected = gate.route(x, mask=mask, draws=draws)
-    got = reroute(recorded, draws=draws, **SETTINGS[name])
-    for mine, theirs in zip(got, expected, strict=True):
+    check_rerouted(TopNGating(8, 4), gate, x, mask, SETTINGS[name])
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_n": 1}, {"top_n": 2}, {"top_n": 4}, {"capacity_factor_train": 2.0}], ids=str)
+def test_what_is_not_changed_stays_as_the_gate_has_it(changes):
+    torch.manual_seed(0)
+    thresholds = OTHER_THRESHOLDS[changes.get("top_n", 3)]
+    expected = TopNGating(8, 4, **({"top_n": 3} | OTHER_GATE | {"threshold_train": thresholds} | changes))
+    gate = TopNGating(8, 4, top_n=3, **OTHER_GATE | {"policy_train": "random"})
+    gate.policy_train = "threshold"  # settings may be assigned
+    check_rerouted(gate, expected, 2 * torch.randn(3, 16, 8), None, changes)
+
+
+def check_rerouted(gate, expected, x, mask, changes):
+    gate.to_gates = expected.to_gates
+    recorded = gate.route(x, mask=mask)
+    draws = torch.rand(3, 16, expected.top_n)
+    got = reroute(gate, recorded, draws=draws, **changes)
+    for mine, theirs in zip(got, expected.route(x, mask=mask, draws=draws), strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
@@ -40,7 +58,7 @@ def test_plans_count_what_the_layer_would_do():
         moe(x, mask=mask)
         moe(x.flip(1), mask=mask.flip(1))
     settings = {name: setting for name, setting in SETTINGS.items() if name in ("one choice", "tight", "dropless")}
-    plans = plan(records[""], settings, expert=Expert(8), dim=8, ranks=4, bytes_per_number=2)
+    plans = plan(moe, records[""], settings, ranks=4, bytes_per_number=2)
     hidden = int(8 * 4 * 2 / 3)
     for name, setting in settings.items():
         gate = TopNGating(8, 4, **setting)
@@ -112,6 +130,11 @@ def test_audit_of_padding_and_of_a_block_in_training():
     assert torch.equal(found.on_later_tokens, mask & (torch.arange(12) < 11))
     assert not found.on_other_rows.any()
     assert "padding: 5 outputs depend on them: (row, token) (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)" in str(found)
+
+
+def test_audit_of_flat_tokens_is_refused():
+    with pytest.raises(ValueError, match="x must have shape \\(batch, tokens, width\\), got \\(12, 8\\)"):
+        audit_dependence(layer(), X[0])
 
 
 def test_audit_leaves_layer_and_random_numbers_alone():

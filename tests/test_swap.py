@@ -124,6 +124,15 @@ def test_nothing_is_changed_when_the_call_is_wrong():
     assert all(type(layer.mlp) is Feed for layer in model.layers)
 
 
+@pytest.mark.parametrize("where", ["layers.*.mlp", Feed, "layers.*"], ids=["the layers", "their experts", "what holds them"])
+def test_sparse_layers_are_not_swapped_again(where):
+    model = sparsify(Model(), "layers.1.mlp", lambda ffn: MoE.from_dense(ffn, DIM, 4))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"where must match dense feed-forwards, got .*, but layers\.1.* is sparse already"):
+        sparsify(model, where, lambda ffn: MoE.from_dense(ffn, DIM, 4))
+    assert dict(model.named_modules()) == before
+
+
 @pytest.mark.parametrize("arguments", [{}, {"checkpointed": False}], ids=["plain", "checkpointed"])
 def test_losses_are_those_of_the_layers(arguments):
     model = sparse(**arguments)

@@ -1,7 +1,9 @@
 """Recorded routing, and figures from it, against counts in plain Python."""
 
 import math
+import pickle
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -74,6 +76,21 @@ def test_a_single_layer_has_an_empty_name_and_assigned_routes_stay():
         moe(torch.randn(1, 6, 8))
     assert (list(records), len(records[""]), len(calls)) == ([""], 1, 1)
     assert moe.gate.route is mine
+
+
+def test_copies_made_while_recording_route_by_their_own_weights():
+    model = Model()
+    with record_routing(model) as records:
+        copies = deepcopy(model), pickle.loads(pickle.dumps(model))
+    x = torch.randn(3, 12, 8)
+    for copied in copies:
+        other = Model()
+        copied.load_state_dict(other.state_dict())
+        torch.manual_seed(0)
+        expected = other(x)[0]
+        torch.manual_seed(0)
+        assert torch.equal(copied(x)[0], expected)
+    assert not any(records.values())
 
 
 def test_layers_that_run_again_in_the_backward_are_recorded_once():
