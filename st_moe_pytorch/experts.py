@@ -1,90 +1,44 @@
-"""The experts and the layers they are made of. Axes: b groups, n tokens or slots, d width, e experts, t rows."""
+"""The experts of a layer. Axes: b groups, n tokens or slots, d width, e experts, t rows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_positive, typechecked
+from st_moe_pytorch.checks import typechecked
+from st_moe_pytorch.compat import eager, has_hooks
 from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
-from st_moe_pytorch.distributed.strategies import ExpertParallel, check_strategy
+from st_moe_pytorch.distributed.strategies import Strategy, check_strategy
+from st_moe_pytorch.grouped import grouped_linear
+from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm, gated_gelu
+from st_moe_pytorch.layouts import Layout
+from st_moe_pytorch.routing import Routing
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019): ``x / |x| * sqrt(d) * gamma`` on (..., d)."""
-
-    @typechecked
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        check_positive(dim=dim)
-        self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.scale * self.gamma
-
-
-class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020) with a multiplicative bias: halves x and gate of (..., 2d) -> ``gelu(gate) * x * mult_bias`` (..., d)."""
-
-    @typechecked
-    def __init__(self, dim: int, mult_bias: bool = True) -> None:
-        super().__init__()
-        check_positive(dim=dim)
-        self.mult_bias = nn.Parameter(torch.ones(dim)) if mult_bias else 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate) * x * self.mult_bias
-
-
-class Expert(nn.Module):
-    """GEGLU feed-forward (..., dim) -> (..., dim) with ``int(dim * hidden_mult * 2 / 3)`` hidden units.
-
-    Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
-    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4).
-    """
-
-    @typechecked
-    def __init__(
-        self, dim: int, hidden_mult: float | int = 4, mult_bias: bool = True, prenorm: bool = False, *, dropout: float | int = 0.0
-    ) -> None:
-        super().__init__()
-        check_positive(dim=dim, hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
-        hidden = int(dim * hidden_mult * 2 / 3)
-        layers = [RMSNorm(dim)] if prenorm else []
-        layers += [nn.Linear(dim, hidden * 2), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim)]
-        self.net = nn.Sequential()
-        for number, layer in enumerate(layers):
-            # named, not numbered, so that checkpoints do not depend on whether there is dropout
-            if dropout and layer is layers[-1]:
-                self.net.add_module("dropout", nn.Dropout(dropout))
-            self.net.add_module(str(number), layer)
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                bound = layer.out_features**-0.5
-                nn.init.uniform_(layer.weight, -bound, bound)
-                nn.init.uniform_(layer.bias, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:
+    ProcessGroup = Any  # absent from builds of torch without distributed
 
 
 class Experts(nn.Module):
     """A list of experts, any modules (1, t, d) -> (1, t, d'), each run on the tokens it was sent.
 
-    experts: one module per expert; they may differ, but not in their output width. They are kept as they are and always called as modules.
-    is_distributed: exchange tokens between ranks that all hold all experts, so that each computes an equal share of the experts' work.
+    experts: one module per expert; they may differ, but not in their output width. They are kept as they are.
+    is_distributed: exchange tokens between ranks that all hold all experts, so that each computes an equal share of their work.
         None is False until `shard_experts` leaves each rank with its own experts only, and then True.
     allow_var_seq_len: accepted for code written against 0.1.8; ranks may always have tokens of different number.
     strategy: how tokens are exchanged, "all_to_all", "all_gather" or a `Strategy`.
     process_group: ranks that exchange tokens, all by default.
+
+    On CPU, experts are called one by one. On accelerators and in compiled code, plain `Expert`s of one shape share their products
+    (`grouped_linear`). Others are called there too; in compiled code they run on slots (b, c, d) of fixed number, which is slower.
     """
 
     @typechecked
@@ -94,8 +48,8 @@ class Experts(nn.Module):
         is_distributed: bool | None = None,
         allow_var_seq_len: bool = False,
         *,
-        strategy: str | Callable[..., Tensor] = "all_to_all",
-        process_group: Any = None,
+        strategy: Any = "all_to_all",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if len(experts) == 0:
@@ -105,32 +59,34 @@ class Experts(nn.Module):
         self.num_experts = len(self.experts)
         self.is_distributed = is_distributed
         self.allow_var_seq_len = allow_var_seq_len
-        self.strategy = strategy
+        self.strategy: str | Strategy = strategy
         self.channel = Channel("Experts", None if process_group is None else process_group.group_name)
         self.parallel: ExpertParallel | None = None
         self.dummy = nn.Buffer(torch.ones(1), persistent=False)
 
-    def forward(self, x: Tensor, counts: Tensor | None = None, is_distributed: bool | None = None) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor | None = None, is_distributed: bool | None = None) -> Tensor:
         """Run every expert on its own tokens, in either layout.
 
         Slots: x (b e n d) -> (b e n d').
-        Rows: x (t d) sorted by expert and counts (e), how many rows each expert has -> (t d').
+        Rows: x (t d) sorted by expert and offsets (e) int32, where each expert's rows end -> (t d'). Rows behind the last offset are no
+            expert's: the very last of them gives zero, the others anything.
         """
-        if isinstance(counts, bool):  # 0.1.8 had is_distributed second
-            counts, is_distributed = None, counts
+        if isinstance(offsets, bool):  # 0.1.8 had is_distributed second
+            offsets, is_distributed = None, offsets
         parallel = self._parallel(is_distributed)
-        if parallel is not None and counts is None:
-            b, e, n, _ = x.shape
-            rows = self._exchange(rearrange(x, "b e n d -> (e b n) d"), [b * n] * e, parallel)
-            return rearrange(rows, "(e b n) d -> b e n d", b=b, e=e, n=n)
-        if parallel is not None and counts is not None:
-            return self._exchange(x, counts.tolist(), parallel)
-        if counts is None and x.device.type != "cpu" and are_alike(self.experts):
-            return run_stacked(self.experts, x)
-        if counts is None:
-            return torch.stack(self._run(range(self.num_experts), x.unbind(dim=1)), dim=1)
-        blocks = x.unsqueeze(0).split(counts.tolist(), dim=1)
-        return torch.cat(self._run(range(self.num_experts), blocks), dim=1).squeeze(0)
+        shared = parallel is None and may_share_products(x) and are_alike(self.experts)
+        if offsets is not None:
+            self._check_rows(x, offsets)
+            return run_shared(self.experts, x, offsets) if shared else eager(self._run_rows)(x, offsets, parallel)
+        if x.ndim != 4 or x.shape[1] != self.num_experts:
+            raise ValueError(f"x must have shape (batch, {self.num_experts}, slots, width) without offsets, got {tuple(x.shape)}")
+        if parallel is None and not shared:
+            return torch.stack(self._same_width([self._call(i, part) for i, part in enumerate(x.unbind(dim=1))]), dim=1)
+        b, e, n, _ = x.shape
+        rows = rearrange(x, "b e n d -> (e b n) d")
+        ends = torch.arange(1, e + 1, dtype=torch.int32, device=x.device) * (b * n)
+        y = run_shared(self.experts, rows, ends) if shared else eager(self._run_rows)(rows, ends, parallel)
+        return rearrange(y, "(e b n) d -> b e n d", b=b, e=e, n=n)
 
     def shard(self, parallel: ExpertParallel) -> None:
         """Keep only the experts that this rank computes, under their numbers; the others become None. Called by `shard_experts`."""
@@ -139,6 +95,17 @@ class Experts(nn.Module):
                 self.experts.add_module(str(number), None)
         self.parallel = parallel
         self.is_distributed = True
+
+    def layout(self, routing: Routing) -> Layout:
+        """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at data, in slots."""
+        in_rows = self.parallel is not None or self.is_distributed or not is_blind(routing.indices) or are_alike(self.experts)
+        return routing.rows() if in_rows else routing.buffers(filled=True)
+
+    def extra_repr(self) -> str:
+        if self.parallel is None:
+            return ""
+        held, ranks = self.parallel.experts, self.parallel.channel.size
+        return f"experts {held[0]} to {held[-1]} of {self.num_experts}, on rank {self.parallel.channel.rank} of {ranks}"
 
     def _parallel(self, is_distributed: bool | None) -> ExpertParallel | None:
         """How this forward is spread over ranks; None if it is not."""
@@ -152,56 +119,122 @@ class Experts(nn.Module):
             return None
         return ExpertParallel(self.channel, Placement(self.num_experts, self.channel.size), self.strategy, sharded=False)
 
-    def _exchange(self, rows: Tensor, counts: Sequence[int], parallel: ExpertParallel) -> Tensor:
+    def _check_rows(self, x: Tensor, offsets: Tensor) -> None:
+        if x.ndim != 2:
+            raise ValueError(f"x must be rows (t, width) where offsets are given, got {tuple(x.shape)}")
+        if offsets.shape != (self.num_experts,) or offsets.dtype != torch.int32:
+            wanted = f"({self.num_experts},), torch.int32: where the rows of each expert end, not how many it has"
+            raise ValueError(f"offsets must have shape and dtype {wanted}, got {tuple(offsets.shape)}, {offsets.dtype}")
+
+    def _run_rows(self, rows: Tensor, offsets: Tensor, parallel: ExpertParallel | None) -> Tensor:
+        """Rows (t d) -> (t d') by experts that are called one by one, here or where they are placed."""
+        ends = offsets.tolist()  # the one time that a device is waited for
+        sizes = [stop - start for start, stop in pairwise([0, *ends])]
+        if min(sizes) < 0 or ends[-1] > len(rows):
+            raise ValueError(f"offsets must not decrease, nor go beyond the {len(rows)} rows of x, got {ends}")
+        *blocks, rest = rows.unsqueeze(0).split([*sizes, len(rows) - ends[-1]], dim=1)
+        if parallel is None:
+            y = self._run(range(self.num_experts), blocks)
+        else:
+            y = [self._run_over_ranks(rows[: ends[-1]], sizes, parallel).unsqueeze(0)]
+        return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
+
+    def _run_over_ranks(self, rows: Tensor, sizes: list[int], parallel: ExpertParallel) -> Tensor:
         """Rows (t d) sorted by expert -> (t d'), each computed by the rank that it is placed on."""
-        if len(counts) != self.num_experts:
-            raise ValueError(f"counts must have an entry for each of the {self.num_experts} experts, got {len(counts)}")
-
-        def compute(blocks: list[Tensor]) -> list[Tensor]:
-            first, copies = parallel.join_replicas(blocks[0], self.experts)
-            mine = dict(zip(parallel.experts, [first, *blocks[1:]], strict=True))
-            held = mine if parallel.sharded else {number: mine.get(number, first[:0]) for number in range(self.num_experts)}
-            outputs = self._run(list(held), [block.unsqueeze(0) for block in held.values()], copies)
-            results = {number: y.squeeze(0) for number, y in zip(held, outputs, strict=True)}
-            idle = [results.pop(number) for number in list(results) if number not in mine]
-            # experts that other ranks compute stay in the graph, so that their gradients here are zero and not missing
-            return [torch.cat([results.pop(parallel.experts[0]), *idle]), *results.values()]
-
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
-        return parallel.run(rows, counts, needs_grad, compute)
+        exchange = parallel.exchange(rows, sizes, needs_grad)
+        blocks = exchange.to_experts(rows)
+        blocks[0], copies = parallel.join_replicas(blocks[0], self.experts)
+        results = [y.squeeze(0) for y in self._run(parallel.experts, [block.unsqueeze(0) for block in blocks], copies)]
+        if not parallel.sharded:  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
+            others = [expert for number, expert in enumerate(self.experts) if number not in parallel.experts]
+            results[0] = used_for_nothing(results[0], *others)
+        return exchange.to_tokens(results)
 
     def _run(
         self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]] | None = None
     ) -> list[Tensor]:
-        """Each expert on its block (b n d), with other parameters in place of its own if given.
+        """Each expert on its rows (1 t d), with other parameters in place of its own if given -> its results (1 t d').
 
-        An expert without tokens runs too, so that its parameters get a gradient, of zero, in every step. Where nothing needs gradients,
-        one expert without tokens at most runs, but for those with hooks: FSDP's wait for the other ranks.
+        An expert without rows runs too, so that its parameters get a gradient, of zero, in every step; one that cannot is passed over, with
+        the same gradients. Where nothing needs gradients, one expert without rows at most runs, but for those with hooks: FSDP's wait for
+        the other ranks.
         """
-        outputs: list[Tensor] = []
+        results: dict[int, Tensor] = {}
+        refusals: list[Exception] = []
         for number, block in zip(numbers, blocks, strict=True):
-            expert = self.experts[number]
-            if outputs and block.shape[1] == 0 and not torch.is_grad_enabled() and not has_hooks(expert):
-                outputs.append(outputs[0].new_empty(*block.shape[:-1], outputs[0].shape[-1]))
+            is_idle = block.shape[1] == 0
+            if is_idle and results and not torch.is_grad_enabled() and not has_hooks(self.experts[number]):
                 continue
-            y = functional_call(expert, parameters[number], block) if parameters and number in parameters else expert(block)
-            if not isinstance(y, Tensor) or y.shape[:-1] != block.shape[:-1]:
-                got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"expert {number} must map tokens {tuple(block.shape)} to one tensor of shape (b, n, width), got {got}")
-            outputs.append(y)
+            try:
+                results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
+            except Exception as error:
+                error.add_note(f"This was expert {number}, called with tokens of shape {tuple(block.shape)}.")
+                refusals.append(error)
+                if not is_idle:
+                    raise
+        if not results:
+            raise RuntimeError(
+                "experts must be able to run on no tokens where none of them has any, since nothing else tells the width of their results"
+            ) from refusals[0]
+        some = next(iter(results.values()))
+        nothing = some.new_empty(1, 0, some.shape[-1])
+        if len(results) < len(blocks):
+            needs_grad = torch.is_grad_enabled()
+            for number in numbers:
+                if number not in results:
+                    results[number] = used_for_nothing(nothing, self.experts[number]) if needs_grad else nothing
+        return self._same_width([results[number] for number in numbers])
+
+    def _call(self, number: int, block: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """One expert on its tokens (b n d)."""
+        expert = self.experts[number]
+        y = expert(block) if parameters is None else functional_call(expert, parameters, block)
+        if not isinstance(y, Tensor) or y.shape[:-1] != block.shape[:-1]:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"expert {number} must map tokens {tuple(block.shape)} to one tensor of shape (b, n, width), got {got}")
+        return y
+
+    @staticmethod
+    def _same_width(outputs: list[Tensor]) -> list[Tensor]:
         widths = [y.shape[-1] for y in outputs]
-        if len(set(widths)) > 1:
-            raise ValueError(f"experts must have outputs of equal width, got widths {widths} of experts {numbers[0]} to {numbers[-1]}")
+        if any(width != widths[0] for width in widths):
+            raise ValueError(f"experts must have outputs of equal width, got widths {widths}")
         return outputs
+
+
+def used_for_nothing(y: Tensor, *modules: nn.Module) -> Tensor:
+    """y itself, and a gradient of zero for each parameter of the modules."""
+    return _UsedForNothing.apply(y, *(p for module in modules for p in module.parameters() if p.requires_grad))
+
+
+class _UsedForNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def is_blind(t: Tensor) -> bool:
+    """Whether nothing may depend on the values of tensors: in code that is compiled, exported or traced, and on the meta device."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return is_traced or t.is_meta
+
+
+def may_share_products(t: Tensor) -> bool:
+    """Whether experts that are alike run through shared products: everywhere but in eager mode on CPU, where a loop is as fast."""
+    return t.device.type != "cpu" or is_blind(t)
 
 
 # modules that compute nothing but what their class and parameters say
 PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(len, hooks))
 
 
 def are_alike(experts: nn.ModuleList) -> bool:
@@ -217,10 +250,24 @@ def are_alike(experts: nn.ModuleList) -> bool:
     return is_plain and all(type(expert) is Expert and looks(expert) == looks(experts[0]) for expert in experts)
 
 
-def run_stacked(experts: nn.ModuleList, x: Tensor) -> Tensor:
-    """(b e n d) -> (b e n d'): a batched product for all experts in place of one for each."""
-    parameters = [dict(expert.named_parameters()) for expert in experts]
-    stacked = {name: torch.stack([own[name] for own in parameters]) for name in parameters[0]}
-    first: Any = experts[0]
-    run = torch.vmap(lambda own, rows: functional_call(first, own, rows), in_dims=(0, 1), out_dims=1, randomness="different")
-    return run(stacked, x)
+def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows (t d) -> (t d') by experts that are alike. gamma and mult_bias scale the columns of the matrix that comes after them."""
+    layers: list[tuple[Any, ...]] = list(zip(*(expert.net for expert in experts), strict=True))
+    norms = layers.pop(0) if isinstance(layers[0][0], RMSNorm) else ()
+    up, gelus, *dropouts, down = layers
+    device = rows.device.type
+    if norms:
+        rows = norms[0].normalized(rows)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        rows = rows.to(torch.get_autocast_dtype(device))
+    elif rows.dtype != up[0].weight.dtype:
+        raise ValueError(f"x must have the dtype of the experts, {up[0].weight.dtype}, or run under autocast, got {rows.dtype}")
+    hidden = gated_gelu(grouped_linear(rows, *_parameters(up), [norm.gamma for norm in norms], offsets))
+    for dropout in dropouts:
+        hidden = dropout[0](hidden)
+    biases = [gelu.mult_bias for gelu in gelus if isinstance(gelu.mult_bias, Tensor)]
+    return grouped_linear(hidden, *_parameters(down), biases, offsets)
+
+
+def _parameters(linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    return [linear.weight for linear in linears], [linear.bias for linear in linears]

@@ -1,41 +1,28 @@
-"""The router: which experts each token goes to, with what weight, and whether it gets there."""
+"""Top-n gating: which experts each token goes to, with what weight, and whether it gets there."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_one_of, check_positive, check_tokens, typechecked
+from st_moe_pytorch.checks import check_one_of, check_positive, typechecked
+from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
-from st_moe_pytorch.routing import DenseRouting, Routing, assign_slots, expert_capacity
+from st_moe_pytorch.routing import Routing, assign_slots, expert_capacity
 from st_moe_pytorch.topk import TopK, topk
 
 POLICIES = ("all", "none", "threshold", "random")
 PRIORITIES = ("position", "gate")
 
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which autocast is off on x's device."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-class RouterLinear(nn.Linear):
-    """Linear without bias from tokens (... d) of any dtype to logits (... e), computed in float32 or, for float64 tokens, in float64."""
-
-    def __init__(self, dim: int, num_gates: int) -> None:
-        super().__init__(dim, num_gates, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        return F.linear(input.to(dtype), self.weight.to(dtype))
+if TYPE_CHECKING:
+    Policy = Literal["all", "none", "threshold", "random"]
+    Priority = Literal["position", "gate"]
+else:
+    Policy = Priority = str  # checked by check_one_of, whose error lists them
 
 
-class TopNGating(nn.Module):
+class TopNGating(Gate):
     """Top-n gating of ST-MoE (Zoph et al. 2022, section 2) with the routing rules of Google's Mesh-TensorFlow implementation.
 
     1. logits = to_gates(x), probabilities = softmax(logits), in float32 whatever the dtype of x (float64 for float64)
@@ -69,25 +56,25 @@ class TopNGating(nn.Module):
         self,
         dim: int,
         num_gates: int,
-        eps: float | int = 1e-9,
+        eps: float = 1e-9,
         top_n: int = 2,
-        threshold_train: float | int | Sequence[float | int] = 0.2,
-        threshold_eval: float | int | Sequence[float | int] = 0.2,
-        capacity_factor_train: float | int | None = 1.25,
-        capacity_factor_eval: float | int | None = 2.0,
+        threshold_train: float | Sequence[float] = 0.2,
+        threshold_eval: float | Sequence[float] = 0.2,
+        capacity_factor_train: float | None = 1.25,
+        capacity_factor_eval: float | None = 2.0,
         straight_through_dispatch_tensor: bool = True,
         differentiable_topk: bool = False,
         differentiable_topk_fused: bool = True,
         *,
-        policy_train: str = "random",
-        policy_eval: str = "threshold",
+        policy_train: Policy = "random",
+        policy_eval: Policy = "threshold",
         min_expert_capacity: int = 4,
         group_size: int | None = None,
-        priority: str = "position",
+        priority: Priority = "position",
         second_place_loss: bool = False,
     ) -> None:
-        super().__init__()
-        check_positive(dim=dim, num_gates=num_gates, eps=eps, top_n=top_n, min_expert_capacity=min_expert_capacity, group_size=group_size)
+        super().__init__(dim, num_gates, group_size=group_size)
+        check_positive(eps=eps, top_n=top_n, min_expert_capacity=min_expert_capacity)
         check_positive(capacity_factor_train=capacity_factor_train, capacity_factor_eval=capacity_factor_eval)
         check_one_of(POLICIES, policy_train=policy_train, policy_eval=policy_eval)
         check_one_of(PRIORITIES, priority=priority)
@@ -96,8 +83,6 @@ class TopNGating(nn.Module):
         if second_place_loss and top_n < 2:
             raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {top_n}")
 
-        self.dim = dim
-        self.num_gates = num_gates
         self.eps = eps
         self.top_n = top_n
         self.capacity_factor_train = capacity_factor_train
@@ -108,84 +93,44 @@ class TopNGating(nn.Module):
         self.policy_train = policy_train
         self.policy_eval = policy_eval
         self.min_expert_capacity = min_expert_capacity
-        self.group_size = group_size
         self.priority = priority
         self.second_place_loss = second_place_loss
 
-        self.to_gates = RouterLinear(dim, num_gates)
         self.threshold_train = nn.Buffer(self._thresholds("threshold_train", threshold_train))
         self.threshold_eval = nn.Buffer(self._thresholds("threshold_eval", threshold_eval))
         self.zero = nn.Buffer(torch.zeros(1), persistent=False)
         self.register_load_state_dict_pre_hook(refuse_other_top_n)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_gates: bool = False,
-        noise_mult: float = 1.0,
-        *,
-        mask: Tensor | None = None,
-        route_by: Tensor | None = None,
-        draws: Tensor | None = None,
-    ) -> DenseRouting:
-        """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
-        routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
-        return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
-
-    def route(
-        self,
-        x: Tensor,
-        noise_gates: bool = False,
-        noise_mult: float = 1.0,
-        *,
-        mask: Tensor | None = None,
-        route_by: Tensor | None = None,
-        draws: Tensor | None = None,
-    ) -> Routing:
-        """Decide where the tokens x (b n d) go.
-
-        noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the clean ones.
-        mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
-        route_by (b n d) is what the router looks at instead of x, such as word embeddings.
-        draws (b n k), or by group, are uniform numbers in [0, 1) for the "random" policy instead of fresh ones; those of first choices
-            are ignored.
-        """
-        check_tokens(x, self.dim, mask, route_by)
-        if x.ndim != 3:
-            raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
-        b, n, _ = x.shape
-        groups = self._groups(b, n)
-        if draws is not None and draws.shape not in ((b, n, self.top_n), (*groups, self.top_n)):
-            raise ValueError(f"draws must have shape {(b, n, self.top_n)}, a number for every choice, got {tuple(draws.shape)}")
-        features = x if route_by is None else route_by
-        if mask is not None:
-            features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-            mask = mask.reshape(groups)
-
-        with without_autocast(x):
-            logits = self.to_gates(features).to(torch.promote_types(x.dtype, torch.float32)).reshape(*groups, self.num_gates)
-            probs = self._noised(logits, noise_mult if noise_gates else 0.0).softmax(dim=-1)
-            best = self.topk(probs, k=self.top_n)
-            gates = self._normalised(best)
-            asked = self._asked(gates.detach(), mask, draws)
-            order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
-            slots = assign_slots(best.indices, asked, self.num_gates, order)
-            capacity = self._capacity(groups[1])
-            kept = asked & (slots < capacity)
-            balance, z = self._losses(logits, probs, best.indices, mask)
-
+    def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
+        """Where tokens with these logits (b n e) go. Arguments as of `Gate.decide`; the draws of first choices are ignored."""
+        b, n, e = logits.shape
+        k = self.top_n
+        groups = self.groups(b, n)
+        if draws is not None and draws.shape not in ((b, n, k), (*groups, k)):
+            raise ValueError(f"draws must have shape {(b, n, k)}, a number for every choice, got {tuple(draws.shape)}")
+        real = None if mask is None else mask.reshape(groups)
+        clean = logits.reshape(*groups, e)
+        probs = (clean if noised is None else noised.reshape(*groups, e)).softmax(dim=-1)
+        best = self.topk(probs, k=k)
+        gates = self._normalised(best)
+        asked = self._asked(gates.detach(), real, draws)
+        order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
+        slots = assign_slots(best.indices, asked, e, order)
+        capacity = self._capacity(groups[1])
+        kept = asked & (slots < capacity)
+        balance, z = self._losses(clean, probs, best.indices, real)
         return Routing(
-            indices=best.indices.view(b, n, self.top_n),
-            slots=slots.masked_fill(~kept, -1).view(b, n, self.top_n),
-            gates=gates.view(b, n, self.top_n),
-            kept=kept.view(b, n, self.top_n),
-            asked=asked.view(b, n, self.top_n),
-            mask=None if mask is None else mask.view(b, n),
-            logits=logits.view(b, n, self.num_gates),
+            indices=best.indices.view(b, n, k),
+            slots=slots.masked_fill(~kept, -1).view(b, n, k),
+            gates=gates.view(b, n, k),
+            kept=kept.view(b, n, k),
+            asked=asked.view(b, n, k),
+            mask=mask,
+            logits=logits,
             balance_loss=balance,
             router_z_loss=z,
             capacity=capacity,
-            num_experts=self.num_gates,
+            num_experts=e,
             groups=groups,
             straight_through=self.straight_through_dispatch_tensor,
         )
@@ -194,29 +139,9 @@ class TopNGating(nn.Module):
         """The k best of values (b n e) along the last axis, differentiable if the gate is."""
         return topk(values, k, differentiable=self.differentiable_topk, fused=self.differentiable_topk_fused)
 
-    def _groups(self, b: int, n: int) -> tuple[int, int]:
-        """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""
-        if self.group_size is None:
-            return b, n
-        groups = max(1, b * n // self.group_size)
-        while b * n % groups:
-            groups += 1
-        size = b * n // groups
-        if groups > 1 and 2 * size < self.group_size:
-            warnings.warn(
-                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups have {size} tokens. "
-                "Choose batch and sequence lengths whose product has a divisor near group_size",
-                stacklevel=3,
-            )
-        return groups, size
-
     def _capacity(self, tokens: int) -> int:
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
-
-    def _noised(self, logits: Tensor, noise_mult: float) -> Tensor:
-        """Logits plus Gumbel noise times noise_mult: -log of an exponential draw."""
-        return logits - noise_mult * torch.empty_like(logits).exponential_().log() if noise_mult else logits
 
     def _normalised(self, best: TopK) -> Tensor:
         gates = best.values if best.coor_descent_values is None else best.coor_descent_values
@@ -248,6 +173,19 @@ class TopNGating(nn.Module):
             rest = rest / (rest.sum(dim=-1, keepdim=True) + self.eps)
             balance = balance + 0.5 * balance_loss(rest, indices[..., 1], mask)
         return balance, router_z_loss(logits, mask)
+
+    def extra_repr(self) -> str:
+        thresholds = {name: [round(t, 4) for t in getattr(self, f"threshold_{name}").tolist()[1:]] for name in ("train", "eval")}
+        settings = (
+            f"top_n={self.top_n}",
+            f"policies {self.policy_train!r} and {self.policy_eval!r}",
+            f"thresholds {thresholds['train']} and {thresholds['eval']}",
+            f"capacity factors {self.capacity_factor_train} and {self.capacity_factor_eval} in training and evaluation",
+        )
+        others = {"min_expert_capacity": 4, "group_size": None, "priority": "position", "second_place_loss": False}
+        others |= {"differentiable_topk": False, "straight_through_dispatch_tensor": True}
+        changed = (f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual)
+        return ", ".join((f"{self.dim}, {self.num_gates}", *settings, *changed))
 
     def _thresholds(self, name: str, given: float | Sequence[float]) -> Tensor:
         """The buffer ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""

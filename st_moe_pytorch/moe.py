@@ -2,18 +2,21 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
-from st_moe_pytorch.checks import check_positive, check_tokens, typechecked
-from st_moe_pytorch.experts import Expert, Experts, RMSNorm, has_hooks
+from st_moe_pytorch.checks import check_noise, check_positive, check_tokens, is_overridden, typechecked
+from st_moe_pytorch.compat import name_exported_tuple
+from st_moe_pytorch.experts import Experts
+from st_moe_pytorch.gate import Gate, is_dense
 from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.layers import Expert, RMSNorm
 from st_moe_pytorch.routing import DenseRouting, Routing
-from st_moe_pytorch.upcycle import dense_copies
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -25,20 +28,16 @@ class MixtureOfExpertsReturn(NamedTuple):
     router_z_loss: Tensor
 
 
-# so that torch.export.save knows what to call it
-_register_namedtuple(MixtureOfExpertsReturn, serialized_type_name="st_moe_pytorch.MixtureOfExpertsReturn")
+name_exported_tuple(MixtureOfExpertsReturn, "st_moe_pytorch.MixtureOfExpertsReturn")
 
 
 class MoE(nn.Module):
     """Sparse mixture-of-experts layer of ST-MoE (Zoph et al. 2022), in place of a transformer's feed-forward.
 
     1. ``gate.route`` chooses experts for every token
-    2. the chosen tokens are copied into rows sorted by expert, or into slots of fixed size (`Routing`)
+    2. the chosen tokens are copied into rows sorted by expert (`Routing.dispatch`)
     3. each expert runs on its own
-    4. the results are weighted by the gates and summed back into their tokens
-
-    Rows compute nothing but what was routed, but their number depends on the data: they serve eager mode on CPU. Slots have static shapes:
-    they serve compilation, export, accelerators and foreign ``experts`` modules that map (b e c d) -> (b e c d').
+    4. the results are weighted by the gates and summed back into their tokens (`Routing.combine`)
 
     Arguments:
         dim, num_experts: width of a token and number of experts.
@@ -47,9 +46,10 @@ class MoE(nn.Module):
         balance_loss_coef, router_z_loss_coef: weights of the two losses in the total.
         experts: the experts, as modules (1, t, dim) -> (1, t, d') or as built `Experts`, instead of default ones.
         is_distributed, allow_var_seq_len: as in `Experts`.
-        gate: a built gate, which then decides all that concerns routing.
+        gate: a built `Gate`, or any module with its ``route``, which then decides all that concerns routing.
 
-    A gate with hooks or with another ``forward`` than `TopNGating`'s is called, and its dense tensors decide, at quadratic cost.
+    ``experts`` may be replaced by any module that maps slots (b e c d) to (b e c d'). A gate with hooks or with another ``forward`` than
+    `Gate`'s is called, and its dense tensors decide, at quadratic cost.
     """
 
     @typechecked
@@ -57,14 +57,14 @@ class MoE(nn.Module):
         self,
         dim: int,
         num_experts: int = 16,
-        expert_hidden_mult: float | int = 4,
-        threshold_train: float | int | Sequence[float | int] = 0.2,
-        threshold_eval: float | int | Sequence[float | int] = 0.2,
-        capacity_factor_train: float | int | None = 1.25,
-        capacity_factor_eval: float | int | None = 2.0,
+        expert_hidden_mult: float = 4,
+        threshold_train: float | Sequence[float] = 0.2,
+        threshold_eval: float | Sequence[float] = 0.2,
+        capacity_factor_train: float | None = 1.25,
+        capacity_factor_eval: float | None = 2.0,
         gating_top_n: int = 2,
-        balance_loss_coef: float | int = 1e-2,
-        router_z_loss_coef: float | int = 1e-3,
+        balance_loss_coef: float = 1e-2,
+        router_z_loss_coef: float = 1e-3,
         experts: Experts | nn.ModuleList | Sequence[nn.Module] | None = None,
         straight_through_dispatch_tensor: bool = True,
         differentiable_topk: bool = False,
@@ -80,48 +80,69 @@ class MoE(nn.Module):
         self.num_experts = num_experts
         self.balance_loss_coef = balance_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
+        gating = {
+            "top_n": gating_top_n,
+            "threshold_train": threshold_train,
+            "threshold_eval": threshold_eval,
+            "capacity_factor_train": capacity_factor_train,
+            "capacity_factor_eval": capacity_factor_eval,
+            "straight_through_dispatch_tensor": straight_through_dispatch_tensor,
+            "differentiable_topk": differentiable_topk,
+            "differentiable_topk_fused": differentiable_topk_fused,
+        }
         if gate is None:
-            gate = TopNGating(
-                dim,
-                num_experts,
-                top_n=gating_top_n,
-                threshold_train=threshold_train,
-                threshold_eval=threshold_eval,
-                capacity_factor_train=capacity_factor_train,
-                capacity_factor_eval=capacity_factor_eval,
-                straight_through_dispatch_tensor=straight_through_dispatch_tensor,
-                differentiable_topk=differentiable_topk,
-                differentiable_topk_fused=differentiable_topk_fused,
-            )
+            gate = TopNGating(dim, num_experts, **gating)
+        elif ignored := [name for name, value in gating.items() if value != signature(TopNGating).parameters[name].default]:
+            names = ", ".join(ignored).replace("top_n", "gating_top_n")
+            raise ValueError(f"{names} must be set on the gate where gate= is given, since it decides all that concerns routing")
         for name, needed in (("dim", dim), ("num_gates", num_experts)):
             if (got := getattr(gate, name, needed)) != needed:
                 raise ValueError(f"gate.{name} must be {needed} in MoE(dim={dim}, num_experts={num_experts}), got {got}")
-        self.gate: Any = gate
+        self.gate: Gate = gate  # pyright: ignore[reportAttributeAccessIssue] - or a module with its route
         if experts is None:
             experts = [Expert(dim, expert_hidden_mult) for _ in range(num_experts)]
         if not isinstance(experts, Experts):
             experts = Experts(experts, is_distributed, allow_var_seq_len)
         if experts.num_experts != num_experts:
             raise ValueError(f"experts must hold num_experts={num_experts} modules, got {experts.num_experts}")
-        self.experts: Any = experts
+        self.experts: Experts = experts
 
     @classmethod
-    def from_dense(cls, ffn: nn.Module, dim: int, num_experts: int = 16, *, noise: float = 0.0, **arguments: Any) -> "MoE":
+    def from_dense(
+        cls,
+        ffn: nn.Module,
+        dim: int,
+        num_experts: int = 16,
+        *,
+        noise: float = 0.0,
+        gate: nn.Module | None = None,
+        **arguments: Any,
+    ) -> "MoE":
         """Sparse upcycling (Komatsuzaki et al. 2022): a layer whose experts start as copies of a trained feed-forward (..., dim).
 
         By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by computing what ffn does.
-        Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise`` (`dense_copies`).
+        Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise``, the standard
+        deviation of what is added to every parameter of every copy, as a multiple of the parameter's own.
         Other arguments as of `MoE`.
         """
-        arguments = {"capacity_factor_train": None, "capacity_factor_eval": None} | arguments
-        moe = cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), **arguments)
-        if "gate" not in arguments:
-            moe.gate.policy_train = moe.gate.policy_eval = "all"
-            moe.gate.eps = 1e-20  # so that gates sum to 1 in float64 too
-        return moe
+        if gate is None:
+            names = signature(TopNGating).parameters
+            settings: dict[str, Any] = {"capacity_factor_train": None, "capacity_factor_eval": None}
+            settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
+            settings["top_n"] = arguments.pop("gating_top_n", 2)
+            # eps so small that gates sum to 1 in float64 too
+            gate = TopNGating(dim, num_experts, 1e-20, **settings, policy_train="all", policy_eval="all")
+        return cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), gate=gate, **arguments)
 
     def forward(
-        self, x: Tensor, noise_gates: bool = False, noise_mult: float = 1.0, *, mask: Tensor | None = None, route_by: Tensor | None = None
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        mask: Tensor | None = None,
+        route_by: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> MixtureOfExpertsReturn:
         """Run tokens x through the experts that the gate chooses for them.
 
@@ -129,31 +150,35 @@ class MoE(nn.Module):
         noise_gates, noise_mult: add Gumbel noise to the routing.
         mask: bool of x's shape without the last axis, True for real tokens; the output of padding is 0.
         route_by: features of x's shape that the router looks at instead of x.
+        draws: uniform numbers in [0, 1), of x's shape with k for the last axis, for a gate that draws.
         """
-        check_tokens(x, self.dim, mask, route_by)
+        check_noise(noise_gates)
+        check_tokens(x, self.dim, mask, route_by, draws)
         shape = x.shape
         x = _grouped(x, len(shape))
-        mask, route_by = (None if t is None else _grouped(t, len(shape)) for t in (mask, route_by))
-        if _is_overridden(self.gate, TopNGating) or has_hooks(self.gate):
-            given = {name: value for name, value in (("mask", mask), ("route_by", route_by)) if value is not None}
-            outputs, *losses = self._dense(x, mask, self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given))
+        given = {name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()}
+        if is_dense(self.gate):
+            decision = self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given)
+            outputs, balance, z = self._by_dense_tensors(x, given.get("mask"), decision)
         else:
-            routing = self.gate.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by)
-            outputs = self._sparse(x, routing)
-            losses = routing.balance_loss, routing.router_z_loss
-        balance, z = losses
+            routing = self.gate.route(x, noise_gates, noise_mult, **given)
+            outputs, balance, z = self._by_routing(x, routing), routing.balance_loss, routing.router_z_loss
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
         return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
 
-    def _sparse(self, x: Tensor, routing: Routing) -> Tensor:
-        """(b n d) -> (b n d'), at a cost linear in n."""
-        has_static_shapes = torch.compiler.is_compiling() or x.device.type != "cpu"
-        if _is_overridden(self.experts, Experts) or (has_static_shapes and not self.experts.is_distributed):
-            return routing.combine(self.experts(routing.dispatch(x)))
-        rows, counts, choices = routing.dispatch_rows(x)
-        return routing.combine_rows(self.experts(rows, counts), choices)
+    def extra_repr(self) -> str:
+        losses = f"balance_loss_coef={self.balance_loss_coef}, router_z_loss_coef={self.router_z_loss_coef}"
+        return f"{self.dim}, num_experts={self.num_experts}, {losses}"
 
-    def _dense(self, x: Tensor, mask: Tensor | None, decision: DenseRouting) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_routing(self, x: Tensor, routing: Routing) -> Tensor:
+        """(b n d) -> (b n d'), at a cost linear in n."""
+        is_foreign = not isinstance(self.experts, Experts) or is_overridden(self.experts, Experts)
+        layout = routing.buffers() if is_foreign else self.experts.layout(routing)
+        rows = routing.dispatch(x, layout)
+        y = self.experts(rows, layout.offsets) if layout.buffers is None else layout.join(self.experts(layout.split(rows)))
+        return routing.combine(y, layout)
+
+    def _by_dense_tensors(self, x: Tensor, mask: Tensor | None, decision: DenseRouting) -> tuple[Tensor, Tensor, Tensor]:
         """(b n d) -> (b n d') by the tensors of a gate that was overridden: the definition of the layer, and quadratic in n."""
         if not torch.compiler.is_compiling():
             warnings.warn(
@@ -186,13 +211,22 @@ class SparseMoEBlock(nn.Module):
         self.ff_after = Expert(moe.dim, prenorm=True) if add_ff_after else None
 
     def forward(
-        self, x: Tensor, noise_gates: bool = False, noise_mult: float = 1.0, *, mask: Tensor | None = None, route_by: Tensor | None = None
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        mask: Tensor | None = None,
+        route_by: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> MixtureOfExpertsReturn:
         """Arguments and results as of `MoE`, whose experts have to keep the width."""
-        check_tokens(x, self.moe.dim, mask, route_by)
+        check_noise(noise_gates)
+        check_tokens(x, self.moe.dim, mask, route_by, draws)
         if self.ff_before is not None:
             x = self.ff_before(x) + x
-        routed, *losses = self.moe(self.moe_prenorm(x), noise_gates, noise_mult, mask=mask, route_by=route_by)
+        given = given_only(mask=mask, route_by=route_by, draws=draws)
+        routed, *losses = self.moe(self.moe_prenorm(x), noise_gates, noise_mult, **given)
         if routed.shape != x.shape:
             raise ValueError(
                 f"experts must keep the width of {x.shape[-1]} in a block, which adds their output to x, got {routed.shape[-1]}"
@@ -208,6 +242,20 @@ def _grouped(t: Tensor, ndim: int) -> Tensor:
     return t.unsqueeze(0) if ndim == 2 else t.flatten(1, ndim - 2)
 
 
-def _is_overridden(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the module computes something else than cls does: another class or an assigned ``forward``."""
-    return "forward" in vars(module) or type(module).forward is not cls.forward
+def given_only(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None: what is written against 0.1.8 does not know the others' names."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
+    """Experts that start as copies of a feed-forward, which stays as it is, with noise as of `MoE.from_dense`."""
+    check_positive(num_experts=num_experts)
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, got {noise}")
+    copies = [deepcopy(ffn) for _ in range(num_experts)]
+    if noise:
+        with torch.no_grad():
+            for parameter in (parameter for copy in copies for parameter in copy.parameters()):
+                spread = parameter.std(correction=0)
+                parameter.add_(torch.randn_like(parameter) * spread * noise)
+    return copies

@@ -7,18 +7,17 @@ Axes, here and in every file of the package:
     d  model width                                     c  slots of an expert in a group (capacity)
     t  rows: token copies sent to experts              r  ranks
 
-A choice is numbered ``token * k + rank`` over all tokens. Both layouts say which choice sits where:
-*rows* hold the kept choices only, sorted by expert; *slots* are buffers (b e c) of fixed size, partly empty.
+Where the copies of tokens stand on their way through the experts is in layouts.py.
 """
 
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_positive
+from st_moe_pytorch.layouts import Layout, as_int, gather, rows_layout, slots_layout, straight_through, weighted_sum
 
 
 def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int = 4) -> int:
@@ -27,9 +26,11 @@ def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_cap
     Without a factor nothing is dropped: every token of the group would fit. ``tokens`` counts padding, so that shapes stay static.
     """
     check_positive(capacity_factor=factor)
+    tokens = as_int(tokens)
     if factor is None:
         return tokens
-    return max(min(tokens, int(tokens * factor / num_experts)), min_capacity)
+    share = torch.sym_int(tokens * factor / num_experts)
+    return torch.sym_max(torch.sym_min(tokens, share), min_capacity)  # pyright: ignore[reportReturnType]
 
 
 def assign_slots(indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None) -> Tensor:
@@ -56,14 +57,6 @@ class DenseRouting(NamedTuple):
     combine_tensor: Tensor
     balance_loss: Tensor
     router_z_loss: Tensor
-
-
-class Rows(NamedTuple):
-    """Token copies (t d) sorted by expert, how many each expert gets (e), and the choice (t) behind each, which combining needs."""
-
-    rows: Tensor
-    counts: Tensor
-    choices: Tensor
 
 
 class Routing(NamedTuple):
@@ -111,34 +104,42 @@ class Routing(NamedTuple):
     def not_asked(self) -> Tensor:
         return ~self.asked & ~self.masked
 
-    def dispatch_rows(self, x: Tensor) -> Rows:
-        """Copy tokens x (b n d) into rows (t d) sorted by expert, one for each kept choice. The number of rows depends on the data."""
-        choices = self.kept.flatten().nonzero().squeeze(-1)
-        experts, order = self.indices.flatten()[choices].sort(stable=True)
-        choices = choices[order]
-        return Rows(self._take(x, choices), experts.bincount(minlength=self.num_experts), choices)
+    def rows(self) -> Layout:
+        """The kept choices as rows sorted by expert."""
+        experts = self.indices.masked_fill(~self._is_sent(), self.num_experts)
+        return rows_layout(experts.flatten(0, 1), self.num_experts, self._num_slots())
 
-    def combine_rows(self, y: Tensor, choices: Tensor) -> Tensor:
-        """Weighted sum of experts' rows y (t d) back into tokens (b n d), in the wider dtype of y and the gates."""
-        b, n, k = self.indices.shape
-        weighted = y * self.gates.flatten()[choices].unsqueeze(-1)
-        return weighted.new_zeros(b * n, y.shape[-1]).index_add(0, choices // k, weighted).view(b, n, y.shape[-1])
+    def buffers(self, filled: bool = False) -> Layout:
+        """The kept choices in slots (b e c). Empty ones are zero or, if filled, hold copies of some token that is kept."""
+        b, n, _ = self.indices.shape
+        group = torch.arange(b * n, device=self.indices.device).view(b, n, 1) // max(self.groups[1], 1)
+        positions = (group * self.num_experts + self.indices) * self.capacity + self.slots
+        positions = positions.masked_fill(~self._is_sent(), self._num_slots())
+        return slots_layout(positions.flatten(0, 1), (self.groups[0], self.num_experts, self.capacity), filled)
 
-    def dispatch(self, x: Tensor) -> Tensor:
-        """Copy tokens x (b n d) into the experts' slots (b e c d). Empty slots are zero. All shapes are known without looking at data."""
-        choices = self.indices.numel()
-        holder = torch.full((self._num_slots() + 1,), choices, device=x.device)
-        holder = holder.scatter(0, self._positions().flatten(), torch.arange(choices, device=x.device))[:-1]
-        slots = self._take(x, holder, may_be_empty=True)
-        return slots.view(self.groups[0], self.num_experts, self.capacity, x.shape[-1])
+    def dispatch(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """Copy tokens x (b n d) to where their choices stand: into rows (t d) of a layout or, without one, into slots (b e c d).
 
-    def combine(self, y: Tensor) -> Tensor:
-        """Weighted sum of experts' slots y (b e c d) back into tokens (b n d), in the wider dtype of y and the gates."""
-        b, n, k = self.indices.shape
-        y = F.pad(y.flatten(0, 2), (0, 0, 0, 1))
-        chosen = y.index_select(0, self._positions().flatten()).view(b, n, k, y.shape[-1])
-        gates = self.gates.masked_fill(~self.kept, 0.0)
-        return reduce(chosen * gates.unsqueeze(-1), "b n k d -> b n d", "sum")
+        Slots without a choice are zero, and so is the last row; other rows without one hold anything. With ``straight_through``, gates get
+        the gradient that they would if they scaled the copies.
+        """
+        if layout is None:
+            layout = self.buffers()
+            return layout.split(self.dispatch(x, layout))
+        rows = gather(x.flatten(0, 1), layout)
+        return straight_through(rows, self.gates.flatten(0, 1), layout) if self.straight_through else rows
+
+    def combine(self, y: Tensor, layout: Layout | None = None) -> Tensor:
+        """Sum experts' results y, weighted by the gates, back into tokens (b n d'), in the wider dtype of y and the gates.
+
+        y: rows (t d') of a layout, the last of them zero, or, without one, slots (b e c d').
+        """
+        if layout is None:
+            layout = self.buffers()
+            y = layout.join(y)
+        dtype = torch.promote_types(y.dtype, self.gates.dtype)
+        gates = self.gates.flatten(0, 1).masked_fill(layout.places == y.shape[0] - 1, 0.0)
+        return weighted_sum(y.to(dtype), gates.to(dtype), layout).view(*self.indices.shape[:2], y.shape[-1])
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups. They define the layer and cost n^2:
@@ -156,23 +157,9 @@ class Routing(NamedTuple):
             dispatch = dispatch + (combine - combine.detach())
         return dispatch, combine
 
-    def _take(self, x: Tensor, choices: Tensor, may_be_empty: bool = False) -> Tensor:
-        """Rows (t d) of x (b n d) for choices (t), scaled by exactly 1 with their gate's gradient; zero for choice number b * n * k."""
-        x, gates = rearrange(x, "b n d -> (b n) d"), self.gates.flatten()
-        if may_be_empty:
-            x, gates = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1))
-        rows = x.index_select(0, choices // self.indices.shape[-1])
-        if self.straight_through and gates.requires_grad:
-            gates = gates[choices]
-            rows = rows * (1 + (gates - gates.detach())).to(rows.dtype).unsqueeze(-1)
-        return rows
-
     def _num_slots(self) -> int:
         return self.groups[0] * self.num_experts * self.capacity
 
-    def _positions(self) -> Tensor:
-        """Number (b n k) of each kept choice's slot among all (b e c); one past the last for choices without a slot."""
-        b, n, _ = self.indices.shape
-        group = torch.arange(b * n, device=self.indices.device).view(b, n, 1) // max(self.groups[1], 1)
-        positions = (group * self.num_experts + self.indices) * self.capacity + self.slots
-        return positions.masked_fill(~self.kept, self._num_slots())
+    def _is_sent(self) -> Tensor:
+        """(b n k) bool: what is kept and has a slot, also where someone changed the one and not the other."""
+        return self.kept & (self.slots >= 0)

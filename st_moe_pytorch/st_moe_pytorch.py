@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from st_moe_pytorch.distributed import AllGather
-from st_moe_pytorch.experts import GEGLU, Expert, Experts, RMSNorm
+from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MixtureOfExpertsReturn, MoE, SparseMoEBlock
 
 __all__ = [

@@ -1,11 +1,13 @@
 """torch.compile in one graph and torch.export: the numbers of eager mode."""
 
 import io
+import warnings
 
 import pytest
 import torch
 from oracles import assert_close, gradients
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
 
@@ -27,6 +29,67 @@ def build(**kwargs) -> MoE:
 def test_training_with_all_settings():
     settings = {"policy_train": "all", "capacity_factor_train": None, "group_size": 6, "priority": "gate", "second_place_loss": True}
     check_compiled(build(**settings), "aot_eager")
+
+
+def alike(capacity_factor, dtype) -> MoE:
+    """A layer whose experts share their products in compiled code."""
+    moe = MoE(8, 4, gate=TopNGating(8, 4, policy_train="threshold", capacity_factor_train=capacity_factor))
+    for parameter in moe.experts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return moe.to(dtype)
+
+
+def check_lengths(moe: MoE, backend: str, dtype: torch.dtype, rtol: float) -> None:
+    """Outputs and all gradients of eager mode, in one graph for all data, and one more for all lengths."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(moe, fullgraph=True, backend=counter)
+    for length, graphs in ((20, 1), (20, 1), (33, 2), (47, 2), (24, 2), (20, 2)):
+        x = torch.randn(2, length, 8, dtype=dtype, requires_grad=True)
+        inputs, cotangent = [x, *moe.parameters()], torch.randn_like(x)
+        found = []
+        for run in (compiled, moe):
+            outputs, total, *_ = run(x)
+            found.append([outputs, *torch.autograd.grad((outputs * cotangent).sum() + total, inputs)])
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual.double(), expected.double(), rtol)
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("capacity_factor", [1.0, None])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
+def test_rows_compile_in_every_dtype(dtype, rtol, capacity_factor):
+    check_lengths(alike(capacity_factor, dtype), "aot_eager", dtype, rtol)
+
+
+@pytest.mark.slow
+def test_rows_by_inductor():
+    check_lengths(alike(1.0, torch.float32), "inductor", torch.float32, 1e-5)
+
+
+def test_empty_slots_of_compiled_experts_hold_tokens():
+    """Experts that differ run on slots: a logarithm has no value at the zeros of an empty one, and padding is no token to fill it with."""
+
+    class Logarithm(nn.Module):
+        def forward(self, x):
+            return x.square().log()
+
+    moe = MoE(8, 2, gate=TopNGating(8, 2, policy_train="all"), experts=[Logarithm(), nn.Sequential(Logarithm(), nn.Linear(8, 8))]).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    mask = torch.tensor([[False] + [True] * 8, [False] * 9])
+    x = x.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    inputs, cotangent = [x, *moe.parameters()], torch.randn_like(x)
+    expected, actual = (run(x, mask=mask).outputs for run in (moe, torch.compile(moe, fullgraph=True, backend="aot_eager")))
+    assert_close(actual, expected)
+    for pair in zip(*(torch.autograd.grad((y * cotangent).sum(), inputs) for y in (actual, expected)), strict=True):
+        assert_close(*pair, may_vanish=True)
+
+
+def test_groups_that_divide_badly_compile_without_their_warning():
+    moe = build(group_size=8).eval()
+    x = torch.randn(1, 17, 8, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="groups have 1 tokens"):
+        expected = moe(x).outputs
+    assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x).outputs, expected)
 
 
 @pytest.mark.slow
@@ -91,17 +154,30 @@ def test_overridden_gates_compile():
     assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x).outputs, expected)
 
 
-@pytest.mark.parametrize("lengths", ["fixed", "dynamic"])
-def test_exported_evaluation_is_saved_and_loaded(lengths):
-    block = SparseMoEBlock(build(capacity_factor_eval=2.0 if lengths == "fixed" else None)).double().eval()
+@pytest.mark.parametrize("capacity_factor", [2.0, None])
+@pytest.mark.parametrize("experts", ["alike", "different"])
+def test_exported_evaluation_is_saved_and_loaded_for_any_length(experts, capacity_factor):
+    layer = build() if experts == "different" else alike(None, torch.float64)
+    layer.gate.capacity_factor_eval = capacity_factor
+    block = SparseMoEBlock(layer).double().eval()
     x, mask = torch.randn(2, 9, 8, dtype=torch.float64), torch.rand(2, 9) < 0.8
-    shapes = {"x": {1: torch.export.Dim.AUTO}, "mask": {1: torch.export.Dim.AUTO}} if lengths == "dynamic" else None
+    shapes = {"x": {1: torch.export.Dim.DYNAMIC}, "mask": {1: torch.export.Dim.DYNAMIC}}
     file = io.BytesIO()
     torch.export.save(torch.export.export(block, (x,), {"mask": mask}, dynamic_shapes=shapes), file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    for length in (9,) if lengths == "fixed" else (9, 4, 30):
+    for length in (9, 4, 30):
         x, mask = torch.randn(2, length, 8, dtype=torch.float64), torch.rand(2, length) < 0.8
         actual = loaded(x, mask=mask)
         assert_close(actual.outputs, block(x, mask=mask).outputs)
         assert actual.total_aux_loss.item() == 0.0
+
+
+@pytest.mark.parametrize("experts", ["alike", "different"])
+def test_traced_layers_do_not_depend_on_the_data_they_were_traced_with(experts):
+    moe = (build() if experts == "different" else alike(None, torch.float64)).eval().requires_grad_(False)
+    x, other = torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and warns of shapes
+        traced = torch.jit.trace(lambda x: moe(x).outputs, x, check_trace=False)
+    assert_close(traced(other), moe(other).outputs)

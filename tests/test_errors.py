@@ -134,7 +134,7 @@ class Summing(nn.Module):
 def test_bad_experts(modules, message, layout):
     experts = Experts(modules)
     with pytest.raises(ValueError, match=message):
-        experts(torch.randn(6, 8), torch.tensor([3, 3])) if layout == "rows" else experts(torch.randn(2, 2, 3, 8))
+        experts(torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)) if layout == "rows" else experts(torch.randn(2, 2, 3, 8))
 
 
 def test_a_block_needs_experts_that_keep_the_width():

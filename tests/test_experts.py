@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracles import assert_close
 from torch import nn
 
-from st_moe_pytorch import GEGLU, Expert, Experts, RMSNorm
+from st_moe_pytorch import GEGLU, Expert, Experts, MoE, RMSNorm
+from st_moe_pytorch.layers import gated_gelu
 
 
 def test_geglu_and_norm_are_their_equations():
@@ -27,7 +29,7 @@ def test_geglu_and_norm_are_their_equations():
 
 @pytest.mark.parametrize(("dim", "mult", "hidden"), [(32, 4, 85), (512, 4, 1365), (6, 1, 4), (10, 2.5, 16)])
 def test_hidden_width(dim, mult, hidden):
-    expert = Expert(dim, mult)
+    expert = Expert(dim, hidden_mult=mult)
     assert expert.net[0].out_features == 2 * hidden
     assert expert.net[2].in_features == hidden
 
@@ -70,7 +72,7 @@ class Recorder(nn.Module):
 def test_rows_go_to_the_expert_that_owns_them_in_three_dimensions():
     experts = Experts([Recorder(i) for i in range(4)])
     rows = torch.ones(6, 3)
-    assert experts(rows, torch.tensor([2, 0, 1, 3]))[:, 0].tolist() == [0, 0, 2, 3, 3, 3]
+    assert experts(rows, torch.tensor([2, 2, 3, 6], dtype=torch.int32))[:, 0].tolist() == [0, 0, 2, 3, 3, 3]
     assert [expert.shapes for expert in experts.experts] == [[(1, 2, 3)], [(1, 0, 3)], [(1, 1, 3)], [(1, 3, 3)]]
 
 
@@ -86,7 +88,167 @@ def test_slots_go_to_their_expert(is_distributed):
 
 def test_every_parameter_gets_a_gradient_even_without_tokens():
     experts = Experts([Expert(4) for _ in range(3)])
-    experts(torch.randn(5, 4), torch.tensor([0, 5, 0])).sum().backward()
+    experts(torch.randn(5, 4), torch.tensor([0, 5, 5], dtype=torch.int32)).sum().backward()
     for number, expert in enumerate(experts.experts):
         for parameter in expert.parameters():
             assert (parameter.grad == 0).all() if number != 1 else parameter.grad.abs().max() > 0
+
+
+def rows_to(*counts, dim=4):
+    """Rows for experts of so many each, and nobody's."""
+    return torch.randn(sum(counts) + 1, dim, requires_grad=True), torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+class Convolution(nn.Module):
+    """Refuses sequences shorter than its kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
+
+    def forward(self, x):
+        return nn.functional.pad(self.conv(x.transpose(1, 2)), (1, 1)).transpose(1, 2)
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(x[0])[None]
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Convolution, Normalised])
+@pytest.mark.parametrize("counts", [(0, 5, 0), (4, 0, 4)])
+def test_experts_that_cannot_run_on_no_tokens_are_passed_over_with_gradients_of_zero(kind, counts):
+    experts = Experts([kind() for _ in range(3)])
+    x, offsets = rows_to(*counts)
+    experts(x, offsets)[:-1].square().sum().backward()
+    for count, expert in zip(counts, experts.experts, strict=True):
+        for parameter in expert.parameters():
+            assert (parameter.grad == 0).all() if count == 0 else parameter.grad.abs().max() > 0
+    with torch.no_grad():
+        assert experts(x, offsets).shape == x.shape
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Convolution, Normalised])
+def test_where_nobody_has_tokens_the_error_says_what_experts_need(kind):
+    try:
+        kind()(torch.empty(1, 0, 4))
+    except Exception:
+        with pytest.raises(RuntimeError, match="experts must be able to run on no tokens where none of them has any") as caught:
+            Experts([kind()])(*rows_to(0))
+        assert caught.value.__cause__.__notes__ == ["This was expert 0, called with tokens of shape (1, 0, 4)."]
+    else:
+        assert Experts([kind()])(*rows_to(0)).shape == (1, 4)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise ZeroDivisionError("oh")
+
+
+def test_an_error_of_an_expert_names_it():
+    with pytest.raises(ZeroDivisionError) as caught:
+        Experts([nn.Identity(), Failing()])(*rows_to(2, 3))
+    assert caught.value.__notes__ == ["This was expert 1, called with tokens of shape (1, 3, 4)."]
+
+
+def test_an_expert_that_changes_its_input_is_named():
+    experts = Experts([nn.Identity(), nn.ReLU(inplace=True)])
+    rows, offsets = rows_to(2, 3)
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        experts(rows * 1, offsets)
+    assert "This was expert 1" in caught.value.__notes__[0]
+    with torch.no_grad():
+        assert torch.equal(experts(rows.clone(), offsets)[2:5], rows[2:5].relu())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (torch.tensor([2, 3]), "offsets must have shape and dtype .*int32: where the rows of each expert end, not how many.*int64"),
+        (torch.tensor([5], dtype=torch.int32), r"offsets must have shape and dtype \(2,\)"),
+        (torch.tensor([3, 2], dtype=torch.int32), r"offsets must not decrease, nor go beyond the 5 rows of x, got \[3, 2\]"),
+        (torch.tensor([3, 6], dtype=torch.int32), r"beyond the 5 rows of x, got \[3, 6\]"),
+    ],
+)
+def test_offsets_are_checked(offsets, message):
+    with pytest.raises(ValueError, match=message):
+        Experts([nn.Identity(), nn.Identity()])(torch.randn(5, 4), offsets)
+
+
+def test_layouts_of_other_ranks_are_refused():
+    experts = Experts([nn.Identity(), nn.Identity()])
+    with pytest.raises(ValueError, match=r"x must be rows \(t, width\) where offsets are given, got \(1, 5, 4\)"):
+        experts(torch.randn(1, 5, 4), torch.tensor([2, 5], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 2, slots, width\) without offsets, got \(1, 3, 5, 4\)"):
+        experts(torch.randn(1, 3, 5, 4))
+
+
+@pytest.mark.parametrize("strategy", [3, None])
+def test_what_is_no_strategy_is_refused(strategy):
+    with pytest.raises(ValueError, match="strategy must be one of 'all_to_all', 'all_gather', got"):
+        Experts([nn.Identity()], strategy=strategy)
+
+
+def test_sizes_and_settings_may_be_numpys_or_tensors():
+    moe = MoE(np.int64(8), np.int32(4), np.float32(2), gating_top_n=np.int64(1), balance_loss_coef=torch.tensor(0.5))
+    _, total, balance, z = moe(torch.randn(1, 9, 8))
+    assert_close(total, 0.5 * balance + 1e-3 * z, 1e-6)
+    with pytest.raises(TypeError):
+        MoE("8")
+
+
+def test_tokens_of_inference_mode_work_where_nothing_is_differentiated():
+    moe = MoE(8, 4).eval()
+    with torch.inference_mode():
+        x = torch.randn(1, 9, 8)
+        expected = moe(x).outputs
+    with torch.no_grad():
+        assert torch.equal(moe(x).outputs, expected)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        moe(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_token_of_zeros_has_a_norm_and_gradients(dtype):
+    norm, x = RMSNorm(8).to(dtype), torch.zeros(3, 8, dtype=dtype, requires_grad=True)
+    y = norm(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert not y.any()
+    assert x.grad.isfinite().all()
+    assert norm.gamma.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mult_bias", [True, False])
+def test_geglu_keeps_its_input_only_and_has_all_derivatives(mult_bias, monkeypatch):
+    monkeypatch.setattr("st_moe_pytorch.layers.SMALL", 0)
+    geglu = GEGLU(3, mult_bias).double()
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True) if mult_bias else 1.0
+    z = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (z, bias) if mult_bias else (z,)
+    function = gated_gelu if mult_bias else lambda z: gated_gelu(z, 1.0)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        geglu(z)
+    assert sum(t.numel() for t in kept) == z.numel() + (3 if mult_bias else 0)
+
+
+def test_rows_without_tokens_of_the_others_are_by_name_too():
+    experts = Experts([nn.Identity(), nn.Identity()])
+    x, offsets = rows_to(2, 1)
+    assert torch.equal(experts(x, offsets=offsets, is_distributed=False)[:3], x[:3])

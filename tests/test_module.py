@@ -242,5 +242,5 @@ def test_plain_ddp_trains_experts_without_tokens(tmp_path):
 
 
 def test_built_experts_keep_their_own_settings():
-    built = Experts([Expert(8) for _ in range(2)], False, True)
+    built = Experts([Expert(8) for _ in range(2)], is_distributed=False, allow_var_seq_len=True)
     assert (MoE(8, 2, experts=built).experts.is_distributed, built.allow_var_seq_len) == (False, True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.pictures import plot_drops, plot_gates, plot_load, plot_plans, text_page
-from st_moe_pytorch.plan import plan
-from st_moe_pytorch.watch import record_routing, routing_stats
+from st_moe_pytorch.tools.pictures import plot_drops, plot_gates, plot_load, plot_plans, text_page
+from st_moe_pytorch.tools.plan import plan
+from st_moe_pytorch.tools.watch import record_routing, routing_stats
 
 TOKENS = ["def", " f", "(x)", ":\n", "  <b>", ' "&"', " ü", " y"]
 
@@ -98,3 +98,9 @@ def test_page_in_a_browser(records, tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert [text for text, _ in Spans(dom).sections[0]] == TOKENS
     assert "Where tokens go" in unescape(dom)
+
+
+def test_the_page_shows_the_row_that_is_asked_for(records):
+    first, second = (text_page(TOKENS, records, row=row) for row in (0, 1))
+    assert ", padding" not in first
+    assert second.count(", padding") == 2  # both choices of the last token of the first layer

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
-from st_moe_pytorch.plan import audit_dependence, plan, plan_table, reroute
-from st_moe_pytorch.watch import record_routing
+from st_moe_pytorch.tools.audit import audit_dependence
+from st_moe_pytorch.tools.plan import plan, plan_table, reroute
+from st_moe_pytorch.tools.watch import record_routing
 
 SETTINGS = {
     "as it is": {},
@@ -144,3 +145,21 @@ def test_audit_leaves_layer_and_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
     assert moe.gate.to_gates.weight.dtype == torch.float32
+
+
+def test_plans_of_training_and_evaluation_are_by_their_own_settings():
+    moe = MoE(8, 4, capacity_factor_train=0.5, capacity_factor_eval=None)
+    with record_routing(moe) as records:
+        moe(torch.randn(3, 16, 8))
+    plans = [plan(moe, records[""], {"as it is": {}}, training=training)["as it is"] for training in (True, False)]
+    assert plans[0].dropped > 0 == plans[1].dropped
+    assert plans[0].balance_loss > 0 == plans[1].balance_loss
+    routing = reroute(moe.gate, records[""][0], training=False)
+    assert routing.capacity == 16
+    assert routing.balance_loss == 0
+
+
+def test_audit_counts_no_change_below_its_tolerance():
+    moe = layer(capacity_factor_eval=0.5)
+    assert audit_dependence(moe, X, tolerance=1e-9).on_later_tokens.any()
+    assert not audit_dependence(moe, X, tolerance=10.0).on_later_tokens.any()

@@ -55,12 +55,18 @@ def test_every_choice_says_why():
 
 def test_rows_are_sorted_by_expert_and_hold_only_kept_choices():
     x = torch.tensor([[[10.0], [11]], [[20], [21]]])
-    rows, counts, choices = example().dispatch_rows(x)
-    assert counts.tolist() == [1, 1, 1]
-    assert rows.flatten().tolist() == [10, 20, 10]
-    # a choice's number is token * k + rank
-    assert choices.tolist() == [1, 4, 0]
-    combined = example().combine_rows(torch.tensor([[100.0], [200], [300]]), choices)
+    layout = example().rows()
+    # as many rows as slots, of which there are fewer than choices, and nobody's
+    assert layout.offsets.tolist() == [1, 2, 3]
+    assert layout.offsets.dtype == torch.int32
+    # a choice's number is token * k + rank, and 8 is none
+    assert layout.choices.tolist() == [1, 4, 0, 8, 8, 8, 8]
+    assert layout.places.tolist() == [[2, 0], [6, 6], [1, 6], [6, 6]]
+    rows = example().dispatch(x, layout)
+    assert rows[:3].flatten().tolist() == [10, 20, 10]
+    assert rows[-1] == 0
+    nan = torch.nan  # nobody reads what stands behind the last expert's rows
+    combined = example().combine(torch.tensor([[100.0], [200], [300], [nan], [nan], [nan], [0]]), layout)
     assert combined.flatten().tolist() == [0.25 * 100 + 0.75 * 300, 0, 0.875 * 200, 0]
 
 
@@ -82,7 +88,7 @@ def test_dense_tensors_say_the_same():
 def test_straight_through_scales_by_exactly_one_and_passes_the_gradient():
     gates = example().gates.requires_grad_()
     x = torch.tensor([[[10.0], [11]], [[20], [21]]])
-    for rows in (example(gates).dispatch_rows(x).rows, example(gates).dispatch(x)):
+    for rows in (example(gates).dispatch(x, example().rows()), example(gates).dispatch(x)):
         (gradient,) = torch.autograd.grad(rows.sum(), gates)
         assert gradient.tolist() == [[[10, 10], [0, 0]], [[20, 0], [0, 0]]]
     assert not example(gates)._replace(straight_through=False).dispatch(x).requires_grad

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.swap import SparseFeedForward, collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify
 
 DIM = 16
 

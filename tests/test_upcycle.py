@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
-from st_moe_pytorch.upcycle import average_experts, dense_copies
+from st_moe_pytorch.tools.upcycle import average_experts, dense_copies
 
 
 def feed_forwards(dim):

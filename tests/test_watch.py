@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.watch import RoutingStats, record_routing, routing_stats, warn_of_collapse, write_scalars
+from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch.tools.watch import RoutingStats, record_routing, routing_stats, warn_of_collapse, write_scalars
 
 
 class Model(nn.Module):
@@ -232,3 +232,57 @@ def test_collapsed_routers_are_warned_of():
     assert len(caught) == 1
     few = {"first": [records["first"][0]._replace(mask=MASK & False)]}
     assert warn_of_collapse(routing_stats(few)) == []
+
+
+def test_the_bar_for_collapse_and_the_names_of_scalars_are_the_callers():
+    with record_routing(model := Model()) as records:
+        for _ in range(4):
+            model(torch.randn(4, 20, 8))
+    stats, tags = routing_stats(records), []
+    assert warn_of_collapse(stats, least_entropy=0.0) == []
+    with pytest.warns(UserWarning, match="has collapsed"):
+        assert warn_of_collapse(stats, least_entropy=1.1) == list(stats)
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            tags.append(tag)
+
+    write_scalars(Writer(), stats, step=7, prefix="router")
+    assert "router/first/dropped" in tags
+
+
+def test_layers_go_by_their_own_names():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.my_gate, self.gate = TopNGating(8, 4), TopNGating(8, 4)
+            self.delegate = MoE(8, 4)
+
+    model = Odd()
+    with record_routing(model) as records:
+        model.my_gate.route(torch.randn(1, 5, 8))
+    assert list(records) == ["my_gate", "", "delegate"]
+    assert [len(routings) for routings in records.values()] == [1, 0, 0]
+
+
+def test_gates_that_decide_by_tensors_of_their_own_are_told_of():
+    class Overridden(TopNGating):
+        def forward(self, x, noise_gates=False, noise_mult=1.0):
+            return everything
+
+    moe = MoE(8, 4, gate=Overridden(8, 4))
+    x = torch.randn(1, 5, 8)
+    everything = TopNGating(8, 4)(x)
+    with (
+        pytest.warns(UserWarning, match="nothing was recorded of layer: the gate decides"),
+        pytest.warns(UserWarning, match="quadratic"),
+        record_routing(nn.ModuleDict({"layer": moe})) as records,
+    ):
+        moe(x)
+    assert records == {"layer": []}
+
+    hooked = MoE(8, 4)
+    hooked.gate.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="quadratic"), record_routing(hooked) as records:
+        hooked(x)
+    assert len(records[""]) == 1

@@ -1,5 +1,6 @@
 """Expert parallelism on torch.distributed: experts on many ranks, with the gradients of one process."""
 
+from st_moe_pytorch.distributed.check import check_expert_parallel
 from st_moe_pytorch.distributed.compatibility import (
     AllGather,
     all_gather_variable_dim,
@@ -9,7 +10,6 @@ from st_moe_pytorch.distributed.compatibility import (
     split_by_rank,
 )
 from st_moe_pytorch.distributed.sharding import (
-    check_expert_parallel,
     clip_grad_norm_,
     data_parallel,
     full_state_dict,

@@ -6,7 +6,6 @@ all-to-all exists for single tensors only.
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-HEADER = 256
+from st_moe_pytorch.compat import group_named
 
 
 class Channel(NamedTuple):
@@ -32,7 +31,7 @@ class Channel(NamedTuple):
             )
         if self.group_name is None:
             return dist.group.WORLD
-        return dist.distributed_c10d._resolve_process_group(self.group_name)  # pyright: ignore
+        return group_named(self.group_name)
 
     @property
     def rank(self) -> int:
@@ -162,43 +161,3 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], channel: Channel)
     output = x.new_empty(sum(received), *x.shape[1:])
     channel.call(dist.all_to_all_single, output, x.contiguous(), received, sent)
     return output
-
-
-def gather_counts(
-    counts: Sequence[int], needs_grad: bool, agreement: dict[str, str], channel: Channel, device: Any
-) -> tuple[list[list[int]], bool]:
-    """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many experts.
-
-    It carries a checksum of the agreement, what has to be equal on all ranks. Where it is not, `require_agreement` raises on all of them.
-    """
-    message = [crc32(repr(agreement).encode()), int(needs_grad), *counts]
-    # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where sizes differ
-    gathered = _gather_integers(message[:HEADER] + [0] * (HEADER - len(message)), channel, device)
-    if len({checksum for checksum, *_ in gathered}) > 1:
-        require_agreement(agreement, channel)
-    needs_grad = any(needed for _, needed, *_ in gathered)
-    if len(message) > HEADER:
-        gathered = [first + rest for first, rest in zip(gathered, _gather_integers(message[HEADER:], channel, device), strict=True)]
-    return [line[2 : len(message)] for line in gathered], needs_grad
-
-
-def _gather_integers(values: list[int], channel: Channel, device: Any) -> list[list[int]]:
-    gathered = torch.empty(channel.size, len(values), dtype=torch.int64, device=device)
-    channel.call(dist.all_gather_single, gathered.view(-1), torch.tensor(values, device=device))
-    return gathered.tolist()
-
-
-def require_agreement(agreement: dict[str, str], channel: Channel) -> None:
-    """Raise the same RuntimeError on all ranks, with values and ranks, unless all entries are equal on all ranks."""
-    everyone: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, everyone, agreement)
-    differences = []
-    for key in dict.fromkeys(key for theirs in everyone for key in theirs):
-        ranks: dict[str, list[str]] = {}
-        for rank, theirs in enumerate(everyone):
-            ranks.setdefault(theirs.get(key, "absent"), []).append(str(rank))
-        if len(ranks) > 1:
-            differences.append(f"{key}: " + ", ".join(f"{value} on rank {' '.join(where)}" for value, where in ranks.items()))
-    if differences:
-        layers = " / ".join(dict.fromkeys(theirs["layer"] for theirs in everyone))
-        raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))

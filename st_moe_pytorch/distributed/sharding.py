@@ -5,7 +5,6 @@ one process had run each rank's tokens through the whole model: under `data_para
 Every rank has to run every forward and every backward, on no tokens if it has none.
 """
 
-import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,9 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch.distributed.collectives import Channel, require_agreement
+from st_moe_pytorch.compat import is_managed_by_ddp, leave_out_of_ddp
+from st_moe_pytorch.distributed.agreement import require_agreement
+from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
-from st_moe_pytorch.distributed.strategies import ExpertParallel, Strategy, check_strategy, strategy_name
+from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ def shard_experts(model: nn.Module, process_group_or_mesh: Any = None, strategy:
     if done := [name for name, layer in layers.items() if layer.parallel is not None]:
         raise ValueError(f"model must have its experts unsharded, but {', '.join(done) or 'it'} was sharded before")
     check_strategy(strategy)
-    groups = _groups(process_group_or_mesh)
+    groups = group_names(process_group_or_mesh)
     parallels = {}
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
@@ -56,7 +58,7 @@ def shard_experts(model: nn.Module, process_group_or_mesh: Any = None, strategy:
     require_agreement({"layer": "shard_experts", "strategy": strategy_name(strategy), **tensors}, channel)
     for name, layer in layers.items():
         parallel = parallels[name]
-        _copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))
+        copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))
         layer.shard(parallels[name])
     return model
 
@@ -88,15 +90,13 @@ def data_parallel(model: nn.Module, process_group: Any = None, **options: Any) -
             )
         tensors = dict(experts.named_parameters()) | dict(experts.named_buffers())
         ignored += [f"{name}.experts.{key}".removeprefix(".") for key in tensors]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    leave_out_of_ddp(model, ignored)
     return DistributedDataParallel(model, process_group=process_group, **options)
 
 
 def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
     """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with those of rank 0."""
-    active: Any = DistributedDataParallel._active_ddp_module
-    mine = next(experts.parameters(), None)
-    if active is not None and any(parameter is mine for parameter in active._module_parameters):
+    if is_managed_by_ddp(next(experts.parameters(), None)):
         raise RuntimeError(
             f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten them with those of rank 0; "
             "wrap the model with st_moe_pytorch.distributed.data_parallel instead"
@@ -147,61 +147,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def check_expert_parallel(
-    moe: nn.Module, x: Tensor, process_group: Any = None, strategy: str | Strategy = "all_to_all"
-) -> dict[str, float]:
-    """Prove on your own experts and ranks that sharding changes nothing but rounding; nothing is kept of it.
-
-    moe: an unsharded MoE layer with deterministic experts; that of rank 0 counts. x (b n d): this rank's tokens, of any b and n.
-    In float64, outputs and gradients of a random function of the layer, sharded over the ranks, are compared with those of one process.
-
-    Prints on rank 0 and returns on all ranks the largest relative error ``max |a - b| / max |b|`` of each tensor; about 1e-15 is exact.
-    """
-    group = _groups(process_group)[0]
-    channel = Channel("check_expert_parallel", group)
-    single = copy.deepcopy(moe).double()
-    _copy_from_first_rank(single, channel)
-    sharded = shard_experts(copy.deepcopy(single), process_group, strategy)
-    xs: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, xs, x.detach().double().cpu())
-    xs = [theirs.to(x.device).requires_grad_() for theirs in xs]
-
-    results = [_random_function(single, theirs, rank) for rank, theirs in enumerate(xs)]
-    torch.stack([loss for _, loss in results]).mean().backward()
-    tokens = xs[channel.rank].detach().requires_grad_()
-    ddp = data_parallel(sharded, channel.group)  # has to live until the backward, in which it averages
-    outputs, loss = _random_function(ddp, tokens, channel.rank)
-    loss.backward()
-
-    pairs = {"outputs": (outputs, results[channel.rank][0]), "gradient of x": (tokens.grad, xs[channel.rank].grad * channel.size)}
-    expected = dict(single.named_parameters())
-    pairs |= {f"gradient of {name}": (p.grad, expected[name].grad) for name, p in sharded.named_parameters() if p.requires_grad}
-    errors: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, errors, {name: _relative_error(*pair) for name, pair in pairs.items()})
-    worst = {name: max(theirs.get(name, 0.0) for theirs in errors) for name in dict.fromkeys(name for theirs in errors for name in theirs)}
-    if channel.rank == 0:
-        print(*(f"{error:.1e}  {name}" for name, error in worst.items()), sep="\n")
-    return worst
-
-
-def _random_function(moe: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Outputs, and a random linear function of them plus the auxiliary loss; all draws depend on the seed only."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        outputs, auxiliary, *_ = moe(x)
-        return outputs, (outputs * torch.randn_like(outputs)).sum() + auxiliary
-
-
-def _relative_error(got: Tensor | None, expected: Tensor | None) -> float:
-    if got is None or expected is None:
-        return 0.0 if got is expected else torch.inf
-    if got.numel() == 0:
-        return 0.0
-    error, size = (got - expected).abs().max().item(), expected.abs().max().item()
-    return error / size if size else error
-
-
-def _groups(where: Any) -> list[str | None]:
+def group_names(where: Any) -> list[str | None]:
     """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are replicated over."""
     if not hasattr(where, "mesh_dim_names"):
         return [None if where is None else where.group_name]
@@ -211,7 +157,7 @@ def _groups(where: Any) -> list[str | None]:
 
 
 @torch.no_grad()
-def _copy_from_first_rank(module: nn.Module, *channels: Channel) -> None:
+def copy_from_first_rank(module: nn.Module, *channels: Channel) -> None:
     for tensor in [*module.parameters(), *module.buffers()]:
         for channel in channels:
             if not tensor.is_meta:

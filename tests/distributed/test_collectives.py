@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from st_moe_pytorch.distributed import AllGather, all_gather_variable_dim, gather_sizes, has_only_one_value, pad_dim_to, split_by_rank
-from st_moe_pytorch.distributed.collectives import Channel, all_gather, all_to_all, gather_counts, join_replicas, scale_gradient
+from st_moe_pytorch.distributed.agreement import gather_counts
+from st_moe_pytorch.distributed.collectives import Channel, all_gather, all_to_all, join_replicas, scale_gradient
 
 CHANNEL = Channel("test")
 

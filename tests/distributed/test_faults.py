@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from reference import DIM, loss_of, stack
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch import Experts, MoE
+from st_moe_pytorch import Experts, MoE, RMSNorm, TopNGating
 from st_moe_pytorch.distributed import shard_experts
 
 ODD = 1  # the rank that differs
@@ -152,3 +153,99 @@ def test_no_process_group():
     for run in (lambda: shard_experts(copy.deepcopy(experts)), lambda: experts(torch.ones(1, 1, 1, 2))):
         with pytest.raises(RuntimeError, match=r"there is no process group: call torch.distributed.init_process_group"):
             run()
+
+
+def results_in_two_dtypes(rank, strategy):
+    """Under bfloat16 autocast, one expert is plain and one ends in a norm, so that ranks have results of two dtypes."""
+    torch.manual_seed(0)
+    experts = [nn.Linear(DIM, DIM), nn.Sequential(nn.Linear(DIM, DIM), RMSNorm(DIM))]
+    gate = TopNGating(DIM, 2, top_n=1, capacity_factor_train=None)
+    moe = MoE(DIM, 2, gate=gate, experts=experts)
+    sharded = shard_experts(copy.deepcopy(moe), strategy=strategy)
+    x = torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    found = []
+    for layer in (sharded, moe):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = layer(x).outputs
+        found.append((outputs, torch.autograd.grad(outputs.square().sum(), x)[0]))
+    for got, wanted in zip(*found, strict=True):
+        assert got.isfinite().all()
+        assert (got - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_results_of_experts_that_differ_in_dtype_travel_in_the_widest(workers, strategy):
+    workers.run(results_in_two_dtypes, strategy)
+
+
+def results_of_two_widths(rank):
+    torch.manual_seed(0)
+    moe = MoE(DIM, 4, experts=[nn.Linear(DIM, 3 + number // 2) for number in range(4)])
+    shard_experts(moe)(torch.randn(1, 5, DIM))
+
+
+def results_of_no_number(rank):
+    class Complex(nn.Module):
+        def forward(self, x):
+            return torch.complex(x, x)
+
+    shard_experts(MoE(DIM, 2, experts=[nn.Identity(), Complex()]))(torch.randn(1, 5, DIM))
+
+
+@pytest.mark.parametrize(
+    ("function", "pattern"),
+    [
+        (
+            results_of_two_widths,
+            "experts: the ranks differ, where they must agree, in width of the experts' results: 3 on rank 0, 4 on rank 1",
+        ),
+        (results_of_no_number, "in dtype of the experts' results: float32 on rank 0, complex64 on rank 1"),
+    ],
+)
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_results_that_cannot_agree_end_in_one_error(workers, function, pattern):
+    messages = workers.run(message_of, function, ())
+    assert len(set(messages)) == 1
+    assert pattern in messages[0]
+
+
+def compiled_around_the_exchange(rank):
+    torch.manual_seed(0)
+    moe = shard_experts(MoE(DIM, 3, gate=TopNGating(DIM, 3, policy_train="all")))
+    x = torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    expected = moe(x).outputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own, where it breaks a graph
+        actual = torch.compile(moe, backend="aot_eager")(x).outputs
+        inputs = [x, *moe.parameters()]
+        pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected)), strict=True)
+        assert torch.equal(actual, expected)
+        assert all(torch.equal(got, wanted) for got, wanted in pairs)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True"):
+            torch.compile(moe, backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_sharded_layers_compile_around_the_exchange(workers):
+    workers.run(compiled_around_the_exchange)
+
+
+def shown(rank):
+    assert f"experts {rank * 2} to {rank * 2 + 1} of 4, on rank {rank} of 2" in str(shard_experts(moe_of(rank)))
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_sharded_experts_say_which_they_are(workers):
+    workers.run(shown)
+
+
+def without_a_strategy(rank):
+    with pytest.raises(ValueError, match="strategy must be one of 'all_to_all', 'all_gather', got 3"):
+        shard_experts(moe_of(rank), strategy=3)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_what_is_no_strategy_is_refused_before_anything_is_done(workers):
+    workers.run(without_a_strategy)

@@ -237,3 +237,63 @@ def test_import_needs_no_process_group_and_no_distributed_package():
     import sys
 
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+def check_groups(rank):
+    """Two ranks of three, a group of their own, as everywhere in place of all."""
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return
+    x = torch.randn(2, 3 + rank, DIM, dtype=torch.float64)
+    errors = check_expert_parallel(moe_of(3), x, process_group=group)
+    assert max(errors.values()) < 1e-12, errors
+    sharded = shard_experts(moe_of(3), process_group_or_mesh=group)
+    assert data_parallel(sharded, process_group=group).process_group is group
+    whole, exchanging = moe_of(3), moe_of(3, is_distributed=True, process_group=group)
+    found = []
+    for moe in (whole, sharded, exchanging):
+        torch.manual_seed(0)
+        found.append(moe(x).outputs)
+    assert relative_error(found[1], found[0]) < 1e-12
+    assert relative_error(found[2], found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_groups_of_some_ranks(workers):
+    workers.run(check_groups)
+
+
+def check_planted_rows(rank, num_experts):
+    """NaN in the rows that nobody may read, and in their gradients, reaches nothing on any rank."""
+    generator = torch.Generator().manual_seed(rank)
+    x, cotangent = torch.randn(2, 2, 5, DIM, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    sharded = shard_experts(moe_of(num_experts))
+    sharded.gate.policy_train, sharded.gate.capacity_factor_train = "none", None
+    routing = sharded.gate.route(x)
+    layout = routing.rows()
+    dead = torch.arange(len(layout.choices)) >= layout.offsets[-1]
+    assert dead.sum() > 1
+    dead[-1] = False
+
+    def run(plant):
+        y = sharded.experts(plant(routing.dispatch(x, layout)), layout.offsets)
+        assert not y[-1].any()
+        outputs = routing.combine(plant(y), layout)
+        inputs = [x, *sharded.experts.parameters()]
+        return [outputs, *torch.autograd.grad((outputs * cotangent).sum(), inputs, retain_graph=True)]
+
+    def planted(rows):
+        rows = rows.masked_fill(dead.unsqueeze(-1), torch.nan)
+        rows.register_hook(lambda grad: grad.masked_fill(dead.unsqueeze(-1), torch.nan))
+        return rows
+
+    for got, wanted in zip(run(planted), run(lambda rows: rows), strict=True):
+        assert torch.equal(got, wanted)
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("num_experts", [3, 4])
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_rows_that_are_nobodys_reach_no_rank(workers, num_experts):
+    workers.run(check_planted_rows, num_experts)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.watch import RoutingStats, record_routing
+from st_moe_pytorch.tools.watch import RoutingStats, record_routing
 
 
 def stats_of(rank):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.swap import collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
 
 
 class Model(nn.Module):

@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.swap import collect_aux_losses, sparsify
-from st_moe_pytorch.watch import record_routing
+from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
+from st_moe_pytorch.tools.watch import record_routing
 
 
 class Model(nn.Module):

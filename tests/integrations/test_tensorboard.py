@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.watch import record_routing, routing_stats, write_scalars
+from st_moe_pytorch.tools.watch import record_routing, routing_stats, write_scalars
 
 
 def test_scalars_can_be_read_back(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.swap import SparseFeedForward, collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from finetune_gpt2 import SparseGPT2, SparseTrainer, swap_in, windows

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.moe import MoE, SparseMoEBlock
-from st_moe_pytorch.watch import is_recomputing
+from st_moe_pytorch.compat import is_recomputing
+from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
 
 
 class AuxLosses:
@@ -53,7 +53,7 @@ class SparseFeedForward(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed as tokens are."""
-        outputs, aux_loss, _, _ = self.moe(x, mask=mask)
+        outputs, aux_loss, _, _ = self.moe(x, **given_only(mask=mask))
         losses = _collecting
         if losses is not None and self.training and not is_recomputing():
             if losses.total.requires_grad and not torch.is_grad_enabled():

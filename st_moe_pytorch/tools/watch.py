@@ -13,13 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.compat import is_recomputing
+from st_moe_pytorch.gate import Gate, is_dense
+from st_moe_pytorch.moe import MoE
 from st_moe_pytorch.routing import Routing
-
-
-def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
@@ -31,21 +28,34 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
         routings["blocks.0.moe"][0].dropped
 
     Nothing else changes, and gates stay without hooks. Layers that run again in the backward are not recorded again.
-    Compiled models are compiled once more for it.
+    Compiled models are compiled once more for it. A gate that decides by dense tensors of its own leaves no record, with a warning.
     """
-    modules: Iterable[tuple[str, Any]] = model.named_modules()
-    gates = {name.removesuffix("gate").rstrip("."): gate for name, gate in modules if isinstance(gate, TopNGating)}
+    gates = _gates(model)
     records: dict[str, list[Routing]] = {name: [] for name in gates}
-    assigned: dict[str, Any] = {name: vars(gate)["route"] for name, gate in gates.items() if "route" in vars(gate)}
-    for name, gate in gates.items():
+    routes = {name: gate for name, gate in gates.items() if hasattr(gate, "route")}
+    assigned: dict[str, Any] = {name: vars(gate)["route"] for name, gate in routes.items() if "route" in vars(gate)}
+    for name, gate in routes.items():
         gate.route = partial(_recorded, gate.route, records[name])  # a copy of the gate gets a copy, that calls its own route
     try:
         yield records
     finally:
-        for name, gate in gates.items():
+        for name, gate in routes.items():
             del gate.route
             if name in assigned:
                 gate.route = assigned[name]
+    if silent := [name or "the layer" for name, gate in gates.items() if is_dense(gate) and not records[name]]:
+        warnings.warn(f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3)
+
+
+def _gates(model: nn.Module) -> dict[str, Any]:
+    """The gates of a model, under the names of their layers."""
+    gates: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            gates[name] = module.gate
+        elif isinstance(module, Gate) and all(module is not gate for gate in gates.values()):
+            gates[name[:-4].removesuffix(".") if name.split(".")[-1] == "gate" else name] = module
+    return gates
 
 
 def _recorded(route: Any, record: list[Routing], *args: Any, **kwargs: Any) -> Routing:

@@ -6,24 +6,9 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from st_moe_pytorch.checks import check_positive
+from st_moe_pytorch.moe import dense_copies
 
-
-def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
-    """Experts that start as copies of a feed-forward, which stays as it is.
-
-    noise: standard deviation of the noise that is added to every parameter of every copy, as a multiple of the parameter's own.
-    """
-    check_positive(num_experts=num_experts)
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
-    copies = [deepcopy(ffn) for _ in range(num_experts)]
-    if noise:
-        with torch.no_grad():
-            for parameter in (parameter for copy in copies for parameter in copy.parameters()):
-                spread = parameter.std(correction=0)
-                parameter.add_(torch.randn_like(parameter) * spread * noise)
-    return copies
+__all__ = ["average_experts", "dense_copies"]
 
 
 def average_experts(experts: Sequence[nn.Module] | nn.ModuleList) -> nn.Module:

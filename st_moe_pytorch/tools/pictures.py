@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from st_moe_pytorch.plan import Plan
 from st_moe_pytorch.routing import Routing
-from st_moe_pytorch.watch import RoutingStats
+from st_moe_pytorch.tools.plan import Plan
+from st_moe_pytorch.tools.watch import RoutingStats
 
 
 def _figure(panels: int, width: float = 8.0, height: float = 2.2) -> tuple[Any, Any]:

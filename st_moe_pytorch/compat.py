@@ -1,0 +1,72 @@
+"""Names of torch that are not public, each in one function. A test of each fails when torch changes it."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_derived(*tensors: Tensor | float) -> bool:
+    """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or many at a time."""
+    if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
+        return True
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return True
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, given))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+F = TypeVar("F", bound=type[Function])
+
+
+def with_known_signature(function: F) -> F:
+    """Class decorator for autograd functions: torch looks up the signature of forward in every call, as long as a small product takes."""
+    function.forward.__signature__ = signature(function.forward)
+    return function
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(len, hooks))
+
+
+def name_exported_tuple(cls: type, name: str) -> None:
+    """Let torch.export.save write results of this NamedTuple, under this name."""
+    _pytree._register_namedtuple(cls, serialized_type_name=name)
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run in eager mode where it is called by code that torch.compile traces; with fullgraph=True that is an error."""
+    if not torch.compiler.is_compiling():
+        return function
+    torch._dynamo.graph_break(msg="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True")
+    return torch.compiler.disable(function)
+
+
+def group_named(name: str) -> Any:
+    """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """Have DistributedDataParallel pass over these parameters and buffers of a model."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def is_managed_by_ddp(parameter: nn.Parameter | None) -> bool:
+    """Whether the DistributedDataParallel whose forward is running averages this parameter."""
+    active: Any = DistributedDataParallel._active_ddp_module
+    return active is not None and any(managed is parameter for managed in active._module_parameters)

@@ -1,0 +1,125 @@
+"""What a router is to the rest of the library: tokens are projected to logits once for all of them, and then one decides."""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from st_moe_pytorch.checks import check_noise, check_positive, check_tokens, is_overridden
+from st_moe_pytorch.compat import has_hooks
+from st_moe_pytorch.routing import DenseRouting, Routing
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Context in which autocast is off on x's device."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class RouterLinear(nn.Linear):
+    """Linear without bias from tokens (... d) of any dtype to logits (... e), in float32 or, for float64 tokens, in float64."""
+
+    def __init__(self, dim: int, num_gates: int) -> None:
+        super().__init__(dim, num_gates, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+class Gate(nn.Module):
+    """The router of an `MoE` layer. A subclass says in `decide` what happens to a batch of logits; the rest is here, for all of them.
+
+    dim, num_gates: width of a token and number of experts.
+    group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to heed.
+
+    `MoE` calls `route`: assign or override it to replace or record decisions. `forward` gives them as dense tensors, as 0.1.8 did; where
+    it is overridden or hooked, those tensors decide, at a cost that is quadratic in the number of tokens.
+    """
+
+    def __init__(self, dim: int, num_gates: int, *, group_size: int | None = None) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_gates=num_gates, group_size=group_size)
+        self.dim = dim
+        self.num_gates = num_gates
+        self.group_size = group_size
+        self.to_gates = RouterLinear(dim, num_gates)
+
+    def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
+        """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will do.
+
+        mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
+        noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None) -> Routing")
+
+    def route(
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        mask: Tensor | None = None,
+        route_by: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Routing:
+        """Decide where the tokens x (b n d) go, in float32 or, for float64 tokens, in float64, whatever autocast says.
+
+        noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the clean ones.
+        mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
+        route_by (b n d) is what the router looks at instead of x, such as word embeddings.
+        draws (b n k), or by group, are uniform numbers in [0, 1) for routers that draw, instead of fresh ones.
+        """
+        check_noise(noise_gates)
+        check_tokens(x, self.dim, mask, route_by)
+        if x.ndim != 3:
+            raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
+        features = x if route_by is None else route_by
+        if mask is not None:
+            features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        with without_autocast(x):
+            logits = self.to_gates(features).to(torch.promote_types(x.dtype, torch.float32))
+            if not (noise_gates and noise_mult):
+                return self.decide(logits, mask=mask, draws=draws)
+            # Gumbel noise is -log of an exponential draw
+            noised = logits - noise_mult * torch.empty_like(logits).exponential_().log()
+            return self.decide(logits, mask=mask, draws=draws, noised=noised)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_gates: bool = False,
+        noise_mult: float = 1.0,
+        *,
+        mask: Tensor | None = None,
+        route_by: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> DenseRouting:
+        """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
+        routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
+        return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
+
+    def groups(self, b: int, n: int) -> tuple[int, int]:
+        """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""
+        if self.group_size is None:
+            return b, n
+        groups = max(1, b * n // self.group_size)
+        while b * n % groups:
+            groups += 1
+        size = b * n // groups
+        if groups > 1 and 2 * size < self.group_size and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups have {size} tokens. "
+                "Choose batch and sequence lengths whose product has a divisor near group_size",
+                stacklevel=4,
+            )
+        return groups, size
+
+
+def is_dense(gate: nn.Module) -> bool:
+    """Whether a gate decides by the dense tensors of its forward: it is hooked, or has another forward than `Gate`, or has no ``route``."""
+    if not hasattr(gate, "route") or has_hooks(gate):
+        return True
+    return isinstance(gate, Gate) and is_overridden(gate, Gate)

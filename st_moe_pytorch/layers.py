@@ -1,0 +1,169 @@
+"""The layers that experts are made of. Axes: d width."""
+
+# pyright: reportIncompatibleMethodOverride=false
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from st_moe_pytorch.checks import check_positive, typechecked
+from st_moe_pytorch.compat import may_be_derived, with_known_signature
+
+SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019): ``x / |x| * sqrt(d) * gamma`` on (..., d).
+
+    The norm is taken in float32 for half types, in which the square of a small number would vanish.
+    """
+
+    @typechecked
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.dim = dim
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x) * self.gamma
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """x (..., d) before gamma: of length sqrt(d)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        eps = 1e-3 if x.dtype == torch.float16 else 1e-12  # whose inverse, the gradient at zero, exists in float16
+        return F.normalize(wide, dim=-1, eps=eps).to(x.dtype) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}"
+
+
+class GEGLU(nn.Module):
+    """Gated GELU (Shazeer 2020) with a multiplicative bias: halves x and gate of (..., 2d) -> ``gelu(gate) * x * mult_bias`` (..., d).
+
+    Of inputs that are not small, its backward keeps nothing else and computes the rest again, at no measurable time.
+    """
+
+    @typechecked
+    def __init__(self, dim: int, mult_bias: bool = True) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.dim = dim
+        self.mult_bias = nn.Parameter(torch.empty(dim)) if mult_bias else 1.0
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if isinstance(self.mult_bias, Tensor):
+            nn.init.ones_(self.mult_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_gelu(x, self.mult_bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, mult_bias={isinstance(self.mult_bias, Tensor)}"
+
+
+class Expert(nn.Module):
+    """GEGLU feed-forward (..., dim) -> (..., dim) with ``int(dim * hidden_mult * 2 / 3)`` hidden units.
+
+    Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
+    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4).
+    """
+
+    @typechecked
+    def __init__(
+        self,
+        dim: int,
+        hidden_mult: float = 4,
+        mult_bias: bool = True,
+        prenorm: bool = False,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
+        hidden = int(dim * hidden_mult * 2 / 3)
+        layers = [RMSNorm(dim)] if prenorm else []
+        layers += [nn.Linear(dim, hidden * 2), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim)]
+        self.net = nn.Sequential()
+        for number, layer in enumerate(layers):
+            # named, not numbered, so that checkpoints do not depend on whether there is dropout
+            if dropout and layer is layers[-1]:
+                self.net.add_module("dropout", nn.Dropout(dropout))
+            self.net.add_module(str(number), layer)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights and biases uniform in ``+-out_features ** -0.5``, gamma and mult_bias ones."""
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                bound = layer.out_features**-0.5
+                nn.init.uniform_(layer.weight, -bound, bound)
+                nn.init.uniform_(layer.bias, -bound, bound)
+            elif isinstance(layer, RMSNorm | GEGLU):
+                layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def gated_gelu(z: Tensor, mult_bias: Tensor | float = 1.0) -> Tensor:
+    """``gelu(gate) * x * mult_bias`` (..., d) of the halves x and gate of z (..., 2d)."""
+    # compilers choose by themselves what to keep
+    if torch.compiler.is_compiling() or z.numel() < SMALL or not may_be_derived(z, mult_bias):
+        return _gated_gelu(z, mult_bias)
+    return _GatedGELU.apply(z, mult_bias)
+
+
+def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
+    x, gate = z.chunk(2, dim=-1)
+    hidden = F.gelu(gate) * x
+    return hidden * mult_bias if isinstance(mult_bias, Tensor) else hidden
+
+
+@with_known_signature
+class _GatedGELU(Function):
+    """`_gated_gelu` that keeps z only, where plain operations keep z and two more of half its size."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_gated_gelu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | float], output: Tensor) -> None:
+        z, mult_bias = inputs
+        kept = (z, mult_bias) if isinstance(mult_bias, Tensor) else (z,)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        z, *factor = ctx.saved_tensors
+        x, gate = z.chunk(2, dim=-1)
+        dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
+        dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if ctx.needs_input_grad[1] else None
+        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype:
+            dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
+            return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
+        dz = torch.empty_like(z)
+        torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
+        torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
+        return dz, dbias
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor | None, dbias: Tensor | None) -> Tensor:
+        z, *factor = ctx.saved_tensors
+        x, gate = z.chunk(2, dim=-1)
+        mult_bias = factor[0] if factor else 1.0
+        tangent = torch.zeros_like(x) if dbias is None else F.gelu(gate) * x * dbias
+        if dz is not None:
+            dx, dgate = dz.chunk(2, dim=-1)
+            tangent = tangent + (F.gelu(gate) * dx + torch.ops.aten.gelu_backward(x * dgate, gate)) * mult_bias
+        return tangent

@@ -1,0 +1,229 @@
+"""Where the copies of tokens stand that go to experts, and the two maps that follow it. Axes as in routing.py; N = b * n tokens.
+
+One table of indices serves both layouts. *Rows* are sorted by expert; *slots* are buffers (b e c), partly empty. Either way the number t
+of places is known without a look at data, and the last place belongs to nobody: what stands there is zero, from dispatch to combine, and
+choices that are not sent point to it. Rows between the end of the last expert's and the last one hold nothing that anyone may read.
+
+Each map's adjoint is the other one, by gathering and never by adding into shared memory: results are the same bits in every run.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from st_moe_pytorch.compat import may_be_derived, with_known_signature
+
+
+class Layout(NamedTuple):
+    """Which choice stands in which of t places. Choices are numbered ``token * k + rank`` over all tokens."""
+
+    choices: Tensor
+    """(t) int64: the choice in each place, N * k where there is none."""
+    places: Tensor
+    """(N k) int64: the place of each choice; the last one, nobody's, of those that are not sent."""
+    offsets: Tensor | None
+    """(e) int32: where the rows of each expert end; None for slots."""
+    tokens: Tensor
+    """(t) int64: the token whose copy each place holds, whether a choice stands there or not."""
+    buffers: tuple[int, int, int] | None = None
+    """(b, e, c), the shape of slots; None for rows."""
+    empty: Tensor | None = None
+    """(t) bool: places that hold zeros instead of a copy; None if that is just the last one."""
+
+    def split(self, rows: Tensor) -> Tensor:
+        """Slots (t d) as buffers (b e c d)."""
+        assert self.buffers is not None
+        return rows[:-1].view(*self.buffers, rows.shape[-1])
+
+    def join(self, y: Tensor) -> Tensor:
+        """Buffers (b e c d) as slots (t d)."""
+        return F.pad(y.flatten(0, 2), (0, 0, 0, 1))
+
+
+def rows_layout(experts: Tensor, num_experts: int, most: int) -> Layout:
+    """Places sorted by expert, for choices of experts (N k), the number e standing for one that is not sent.
+
+    ``most``: how many can be sent at most. One stable sort: the rows of an expert are in the order of their tokens.
+    """
+    choices, k = experts.numel(), experts.shape[-1]
+    length: int = torch.sym_min(as_int(choices), as_int(most)) + 1  # pyright: ignore[reportAssignmentType]
+    queue, order = experts.flatten().sort(stable=True)
+    nobody = order.new_full((1,), choices)
+    order = torch.cat((order.masked_fill(queue == num_experts, choices), nobody))[:length]
+    ends = torch.searchsorted(queue, torch.arange(num_experts, device=queue.device), right=True, out_int32=True)
+    return Layout(order, _inverse(order, choices, length - 1).view(-1, k), ends, _tokens(order, experts))
+
+
+def slots_layout(positions: Tensor, buffers: tuple[int, int, int], filled: bool = False) -> Layout:
+    """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c standing for one that is not sent.
+
+    filled: empty slots get copies of a token that is sent, and not zeros, which some experts cannot work with.
+    """
+    (groups, experts, capacity), choices = buffers, positions.numel()
+    nobody = positions.new_full((1,), choices)
+    holders = torch.cat((_inverse(positions.flatten(), groups * experts * capacity, choices), nobody))
+    tokens, empty = _tokens(holders, positions), holders == choices
+    if filled:
+        return Layout(holders, positions, None, torch.where(empty, tokens.amin(), tokens), buffers)
+    return Layout(holders, positions, None, tokens, buffers, empty)
+
+
+def _tokens(choices: Tensor, table: Tensor) -> Tensor:
+    """The token of each of the choices (t) that a table (N k) has; the last token for what is none."""
+    return (choices // table.shape[1]).clamp(max=max(table.shape[0] - 1, 0))
+
+
+def as_int(size: int) -> int:
+    """A size of a tensor, which is a tensor itself in torch.jit.trace, as a number."""
+    return int(size) if isinstance(size, Tensor) else size
+
+
+def _inverse(numbers: Tensor, size: int, missing: int) -> Tensor:
+    """(size): where in ``numbers`` each number below size stands, or ``missing``. The number ``size`` stands for none."""
+    places = torch.arange(numbers.shape[0], device=numbers.device)
+    return numbers.new_full((size + 1,), missing).scatter(0, numbers, places)[:-1]
+
+
+def gather(x: Tensor, layout: Layout) -> Tensor:
+    """Tokens x (N d) -> rows (t d), the last one zero. Adjoint: each token sums the gradients of its rows, in order of choices."""
+    rows = _gather(x, layout.tokens, layout.choices, layout.places)
+    return rows if layout.empty is None else rows.masked_fill(layout.empty.unsqueeze(-1), 0.0)
+
+
+def straight_through(rows: Tensor, gates: Tensor, layout: Layout) -> Tensor:
+    """Rows (t d) themselves, as if scaled by ``1 + (g - stop_gradient(g))`` with the gates (N k) of their choices."""
+    return _straight_through(rows, gates, layout.choices, layout.places)
+
+
+def weighted_sum(y: Tensor, gates: Tensor, layout: Layout) -> Tensor:
+    """Rows y (t d') and gates (N k) of one dtype -> tokens (N d'): the rows of each token's choices, times their gates, summed."""
+    return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places)
+
+
+# Each function has a twin for eager mode with a derivative of forward mode, which torch.compile does not trace.
+
+
+@with_known_signature
+class _Gather(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_zeros(tokens.shape[0], x.shape[1])
+        rows = x.index_select(0, tokens)
+        rows[-1] = 0.0
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        tokens, choices, places = ctx.saved_tensors
+        is_sent = (places < grad.shape[0] - 1).to(grad.dtype)
+        return _sum_choices(grad, is_sent, tokens, choices, places), None, None, None
+
+
+class _EagerGather(_Gather):
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _gather(dx, *ctx.saved_tensors)
+
+
+@with_known_signature
+class _StraightThrough(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, gates: Tensor, choices: Tensor, places: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, gates, choices, places = ctx.saved_tensors
+        dgates = _at_places(torch.linalg.vecdot(grad, rows).to(gates.dtype), places)
+        return _straight_through(grad, gates, choices, places), dgates, None, None
+
+
+class _EagerStraightThrough(_StraightThrough):
+    @staticmethod
+    def jvp(ctx: Any, drows: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
+        rows, gates, choices, places = ctx.saved_tensors
+        tangent = _straight_through(torch.zeros_like(rows) if drows is None else drows, gates, choices, places)
+        return tangent if dgates is None else tangent + rows * _at_choices(dgates, choices).to(rows.dtype)
+
+
+@with_known_signature
+class _SumChoices(Function):
+    @staticmethod
+    def forward(y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
+        return F.embedding_bag(places, y.contiguous(), mode="sum", per_sample_weights=gates)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        y, gates, tokens, choices, places = ctx.saved_tensors
+        rows = _gather(grad, tokens, choices, places)
+        dgates = _at_places(torch.linalg.vecdot(rows, y), places) if ctx.needs_input_grad[1] else None
+        times = torch.mul if may_be_derived(grad, y, gates) else Tensor.mul_
+        return times(rows, _at_choices(gates, choices)), dgates, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, gates: Tensor, *table: Tensor) -> tuple[Tensor, int]:
+        """One by one, for torch.func: the sum itself knows of no batches."""
+        ys, all_gates = ([t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip((y, gates), in_dims[:2], strict=True))
+        return torch.stack([_sum_choices(*pair, *table) for pair in zip(ys, all_gates, strict=True)]), 0
+
+
+class _EagerSumChoices(_SumChoices):
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
+        y, gates, *table = ctx.saved_tensors
+        tangents = [] if dy is None else [_sum_choices(dy, gates, *table)]
+        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table)]
+        return sum(tangents[1:], tangents[0])
+
+
+def _gather(x: Tensor, *table: Tensor) -> Tensor:
+    return _apply(_Gather, _EagerGather, x, *table)
+
+
+def _straight_through(rows: Tensor, *gates_and_table: Tensor) -> Tensor:
+    return _apply(_StraightThrough, _EagerStraightThrough, rows, *gates_and_table)
+
+
+def _sum_choices(y: Tensor, *gates_and_table: Tensor) -> Tensor:
+    return _apply(_SumChoices, _EagerSumChoices, y, *gates_and_table)
+
+
+def _apply(function: type[Function], eager: type[Function], *inputs: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return function.apply(*inputs)
+    return eager.apply(*inputs) if may_be_derived(*inputs) else function.forward(*inputs)
+
+
+def _at_places(of_rows: Tensor, places: Tensor) -> Tensor:
+    """Numbers (t) of rows -> (N k) of their choices."""
+    return of_rows.index_select(0, places.flatten()).view(places.shape)
+
+
+def _at_choices(of_choices: Tensor, choices: Tensor) -> Tensor:
+    """Numbers (N k) of choices -> (t 1) of the rows they stand in, 0 where none does."""
+    return F.pad(of_choices.flatten(), (0, 1)).index_select(0, choices).unsqueeze(-1)
