@@ -50,6 +50,8 @@ class Workload(NamedTuple):
     """Forward and backward in training mode, or else forward in evaluation under no_grad."""
     autocast: bool = False
     compiled: bool = False
+    dropless: bool = False
+    """No capacity, in training; evaluation has the usual one."""
 
 
 WORKLOADS = [
@@ -57,11 +59,13 @@ WORKLOADS = [
     Workload("README layer, forward only", 4, 1024, 512, 16, training=False),
     Workload("README layer, bfloat16 autocast", 4, 1024, 512, 16, autocast=True),
     Workload("README layer, compiled", 4, 1024, 512, 16, compiled=True),
+    Workload("dropless, compiled", 2, 512, 256, 16, compiled=True, dropless=True),
     Workload("4k tokens", 1, 4096, 512, 16),
     *(Workload(f"length {n}", 1, n, 256, 16) for n in (1024, 4096, 16384)),
     *(Workload(f"{experts} experts", 1, 512, 512, experts) for experts in (8, 64, 256)),
     *(Workload(f"top {k}", 1, 2048, 256, 16, k=k) for k in (1, 2, 4)),
     *(Workload(f"decoding, batch {b}", b, 1, 512, 16, training=False) for b in (1, 8, 64)),
+    Workload("decoding, batch 8, compiled", 8, 1, 512, 16, training=False, compiled=True),
 ]
 
 
@@ -76,7 +80,8 @@ def layer(work: Workload) -> Any:
     """This library's layer or, in the environment of the peers, that of 0.1.8."""
     from st_moe_pytorch import MoE
 
-    return MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
+    capacity = {"capacity_factor_train": None} if work.dropless else {}
+    return MoE(work.dim, work.experts, gating_top_n=work.k, **capacity).train(work.training)
 
 
 def mixtral(work: Workload) -> Any:
@@ -100,9 +105,12 @@ def mixtral(work: Workload) -> Any:
 def matrix_products(work: Workload, x: Tensor) -> Callable[[], object]:
     """The two products of every expert that has rows and, in training, the four of their backward, with the results kept for a step."""
     moe = layer(work)
-    rows, counts, _ = moe.gate.route(x.detach()).dispatch_rows(x.detach())
+    routing = moe.gate.route(x.detach())
+    layout = routing.rows()
+    rows, ends = routing.dispatch(x.detach(), layout), layout.offsets.tolist()
     jobs = []
-    for expert, part in zip(moe.experts.experts, rows.split(counts.tolist()), strict=True):
+    for expert, start, stop in zip(moe.experts.experts, [0, *ends], ends, strict=False):
+        part = rows[start:stop]
         first, _, last = (child.requires_grad_(False) for child in expert.net)
         if len(part):
             jobs.append((part, torch.randn(len(part), last.in_features), torch.randn(len(part), first.out_features), first, last))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from train_lm import LanguageModel, build_optimizer, evaluate, learning_rate, read_corpus, start_processes, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.watch import RoutingStats, record_routing
+from st_moe_pytorch.tools.watch import RoutingStats, record_routing
 
 USUAL = {
     "lr": 3e-3,

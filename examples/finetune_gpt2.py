@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.swap import collect_aux_losses, sparsify
-from st_moe_pytorch.watch import record_routing, routing_stats, warn_of_collapse
+from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
+from st_moe_pytorch.tools.watch import record_routing, routing_stats, warn_of_collapse
 
 
 def swap_in(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

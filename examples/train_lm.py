@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from st_moe_pytorch import Expert, MoE, RMSNorm, Routing, SparseMoEBlock, TopNGating
 from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, shard_experts
-from st_moe_pytorch.pictures import text_page
-from st_moe_pytorch.watch import RoutingStats, record_routing, routing_stats
+from st_moe_pytorch.tools.pictures import text_page
+from st_moe_pytorch.tools.watch import RoutingStats, record_routing, routing_stats
 
 HEAD_DIM = 32
 TOP_N = 2

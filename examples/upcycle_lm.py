@@ -21,8 +21,8 @@ from train_lm import TOP_N, DenseBlock, LanguageModel, build_optimizer, cross_en
 from train_lm import training_batch as batch_of
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.swap import collect_aux_losses, sparsify
-from st_moe_pytorch.watch import record_routing, routing_stats, warn_of_collapse
+from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
+from st_moe_pytorch.tools.watch import record_routing, routing_stats, warn_of_collapse
 
 
 def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace, steps: int, first: int, name: str) -> tuple[float, float]:
