@@ -62,14 +62,14 @@ def rows_layout(experts: Tensor, num_experts: int, most: int) -> Layout:
 def slots_layout(positions: Tensor, buffers: tuple[int, int, int], filled: bool = False) -> Layout:
     """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c standing for one that is not sent.
 
-    filled: empty slots get copies of a token that is sent, and not zeros, which some experts cannot work with.
+    filled: empty slots get copies of a token that is sent, if any is, and not zeros, which some experts cannot work with.
     """
     (groups, experts, capacity), choices = buffers, positions.numel()
     nobody = positions.new_full((1,), choices)
     holders = torch.cat((_inverse(positions.flatten(), groups * experts * capacity, choices), nobody))
     tokens, empty = _tokens(holders, positions), holders == choices
     if filled:
-        return Layout(holders, positions, None, torch.where(empty, tokens.amin(), tokens), buffers)
+        return Layout(holders, positions, None, torch.where(empty, tokens.amin(), tokens), buffers, empty & empty.all())
     return Layout(holders, positions, None, tokens, buffers, empty)
 
 

@@ -97,6 +97,13 @@ def test_filled_slots_hold_copies_of_kept_tokens_and_change_no_gradient():
     assert torch.equal(got, wanted)
 
 
+def test_slots_are_zero_where_no_token_is_sent_to_fill_them_with():
+    gate = TopNGating(4, 5)
+    x, mask = torch.full((2, 7, 4), torch.nan), torch.zeros(2, 7, dtype=torch.bool)
+    routing = gate.route(x, mask=mask)
+    assert not routing.dispatch(x, routing.buffers(filled=True)).any()
+
+
 def test_a_choice_that_was_made_kept_without_a_slot_is_sent_in_no_layout():
     routing, _ = routing_of(3)
     assert routing.dropped.any()

@@ -54,22 +54,22 @@ def require_agreement(agreement: dict[str, str], channel: Channel) -> None:
         raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))
 
 
-def agree_on_results(results: Sequence[Tensor], channel: Channel) -> tuple[torch.dtype, int]:
-    """The widest dtype and the one width of what all ranks' experts returned, in one collective of two numbers.
+def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype:
+    """The widest dtype of what all ranks' experts returned, whose width is one, in one collective of two numbers.
 
     Raises the same RuntimeError on all ranks where widths differ or a dtype is none of a real number.
     """
     dtypes = {result.dtype for result in results}
-    mine = [DTYPES.index(dtype) if dtype in DTYPES else -1 for dtype in dtypes], [result.shape[-1] for result in results]
-    code = -1 if -1 in mine[0] else DTYPES.index(_widest(dtypes))
-    gathered = _gather_integers([code, mine[1][0]], channel, results[0].device)
+    width = results[0].shape[-1]
+    code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else -1
+    gathered = _gather_integers([code, width], channel, results[0].device)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if len(widths) > 1 or -1 in codes:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        entries = {"width of the experts' results": str(mine[1][0]), "dtype of the experts' results": names}
+        entries = {"width of the experts' results": str(width), "dtype of the experts' results": names}
         require_agreement({"layer": channel.layer, **entries}, channel)
         raise RuntimeError(f"{channel.layer}: the experts' results must be of one of the dtypes {DTYPES}, got {names}")
-    return _widest({DTYPES[code] for code in codes}), mine[1][0]
+    return _widest({DTYPES[code] for code in codes})
 
 
 def _widest(dtypes: set[torch.dtype]) -> torch.dtype:

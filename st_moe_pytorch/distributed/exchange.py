@@ -101,7 +101,7 @@ class Exchange(NamedTuple):
 
     def to_tokens(self, results: Sequence[Tensor]) -> Tensor:
         """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of any rank's."""
-        dtype, _ = agree_on_results(results, self.parallel.channel)
+        dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(scale_gradient(returning, 1 / self._scale), self.back)
