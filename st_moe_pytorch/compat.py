@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
+from torch.utils.checkpoint import _StopRecomputationError
 
 
 def is_recomputing() -> bool:
@@ -26,6 +27,16 @@ def may_be_derived(*tensors: Tensor | float) -> bool:
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return True
     return any(map(torch._C._functorch.is_legacy_batchedtensor, given))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def ends_recomputation(error: Exception) -> bool:
+    """Whether this is how activation checkpointing stops a forward that it runs again, once it has what it needs."""
+    return isinstance(error, _StopRecomputationError)
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node of a graph of gradients is a forward that reentrant activation checkpointing runs again, in a graph of its own."""
+    return node.name() == "CheckpointFunctionBackward"
 
 
 F = TypeVar("F", bound=type[Function])
@@ -62,7 +73,8 @@ def group_named(name: str) -> Any:
 
 
 def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
-    """Have DistributedDataParallel pass over these parameters and buffers of a model."""
+    """Have DistributedDataParallel pass over these parameters and buffers of a model, and over those that it was told of before."""
+    names = sorted({*names, *getattr(model, "_ddp_params_and_buffers_to_ignore", ())})
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import typechecked
-from st_moe_pytorch.compat import eager, has_hooks
+from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_reentrant_checkpoint
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
@@ -142,10 +142,19 @@ class Experts(nn.Module):
     def _run_over_ranks(self, rows: Tensor, sizes: list[int], parallel: ExpertParallel) -> Tensor:
         """Rows (t d) sorted by expert -> (t d'), each computed by the rank that it is placed on."""
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
-        exchange = parallel.exchange(rows, sizes, needs_grad)
+        copies = parallel.copies(self.experts) if torch.is_grad_enabled() else []
+        exchange = parallel.exchange(rows, sizes, needs_grad, copies)
         blocks = exchange.to_experts(rows)
-        blocks[0], copies = parallel.join_replicas(blocks[0], self.experts)
-        results = [y.squeeze(0) for y in self._run(parallel.experts, [block.unsqueeze(0) for block in blocks], copies)]
+        blocks[0], joined = parallel.join_replicas(blocks[0], copies)
+        try:
+            results = [y.squeeze(0) for y in self._run(parallel.experts, [block.unsqueeze(0) for block in blocks], joined)]
+            for number, own in joined.items():
+                place = parallel.experts.index(number)
+                refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], blocks[place], *own.values())
+        except Exception as error:
+            if not ends_recomputation(error):
+                exchange.fail(error, rows.device)
+            raise
         if not parallel.sharded:  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
             others = [expert for number, expert in enumerate(self.experts) if number not in parallel.experts]
             results[0] = used_for_nothing(results[0], *others)
@@ -169,6 +178,8 @@ class Experts(nn.Module):
             try:
                 results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
             except Exception as error:
+                if ends_recomputation(error):
+                    raise
                 error.add_note(f"This was expert {number}, called with tokens of shape {tuple(block.shape)}.")
                 refusals.append(error)
                 if not is_idle:
@@ -220,6 +231,22 @@ class _UsedForNothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
+    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their gradients."""
+    nodes: list[Any] = [y.grad_fn]
+    seen = {None, *(t.grad_fn for t in inputs)}
+    while nodes:
+        if (node := nodes.pop()) in seen:
+            continue
+        if is_reentrant_checkpoint(node):
+            raise ValueError(
+                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other kind computes "
+                "its gradients apart, where those of the other ranks cannot be added"
+            )
+        seen.add(node)
+        nodes += [node for node, _ in node.next_functions]
 
 
 def is_blind(t: Tensor) -> bool:

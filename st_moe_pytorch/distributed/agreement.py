@@ -1,6 +1,6 @@
 """What ranks have to agree on, and the one error that all of them raise where they do not. Axes: e experts, r ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -12,24 +12,51 @@ from st_moe_pytorch.distributed.collectives import Channel
 
 MESSAGE = 256  # integers that a rank tells all others before tokens are exchanged
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NO_NUMBER, FAILED = -1, -2  # in place of the number of a dtype
 
 
 def gather_counts(
-    counts: Sequence[int], needs_grad: bool, agreement: dict[str, str], channel: Channel, device: Any
+    counts: Sequence[int],
+    needs_grad: bool,
+    agreement: Mapping[str, str],
+    copies: Mapping[str, Sequence[int]],
+    channel: Channel,
+    device: Any,
 ) -> tuple[list[list[int]], bool]:
     """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many experts.
 
-    It carries a checksum of the agreement, what has to be equal on all ranks. Where it is not, `require_agreement` raises on all of them.
+    It carries a checksum of the agreement, what has to be equal on all ranks, and one of copies, the trainable parameters that other
+    ranks hold too, with those ranks. Where ranks differ in either, the same RuntimeError is raised on all of them.
     """
-    message = [crc32(repr(agreement).encode()), int(needs_grad), *counts]
+    message = [crc32(repr(agreement).encode()), int(needs_grad), _claims(copies, channel.rank), *counts]
+    start, end = 3, len(message)
     # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where sizes differ
-    gathered = _gather_integers(message[:MESSAGE] + [0] * (MESSAGE - len(message)), channel, device)
-    if len({checksum for checksum, *_ in gathered}) > 1:
+    gathered = _gather_integers(message[:MESSAGE] + [0] * (MESSAGE - end), channel, device)
+    checksums, needed, claims = zip(*(line[:start] for line in gathered), strict=True)
+    if len(set(checksums)) > 1:
         require_agreement(agreement, channel)
-    needs_grad = any(needed for _, needed, *_ in gathered)
-    if len(message) > MESSAGE:
+    if sum(claims):
+        require_equal_copies(copies, channel)
+    if end > MESSAGE:
         gathered = [first + rest for first, rest in zip(gathered, _gather_integers(message[MESSAGE:], channel, device), strict=True)]
-    return [line[2 : len(message)] for line in gathered], needs_grad
+    return [line[start:end] for line in gathered], any(needed)
+
+
+def agree_with_replicas(copies: Sequence[str], needs_grad: bool, replicas: Channel, device: Any) -> tuple[bool, str | None]:
+    """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
+    holders = dict.fromkeys(copies, range(replicas.size))
+    claims, needed = zip(*_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True)
+    try:
+        if sum(claims):
+            require_equal_copies(holders, replicas)
+    except RuntimeError as error:
+        return True, str(error)
+    return any(needed), None
+
+
+def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
+    """A number whose sum over ranks is zero where all holders of every copy have it: one of them weighs as much as all others together."""
+    return sum(crc32(name.encode()) * (len(ranks) - 1 if rank == ranks[0] else -1) for name, ranks in copies.items())
 
 
 def _gather_integers(values: list[int], channel: Channel, device: Any) -> list[list[int]]:
@@ -38,10 +65,16 @@ def _gather_integers(values: list[int], channel: Channel, device: Any) -> list[l
     return gathered.tolist()
 
 
-def require_agreement(agreement: dict[str, str], channel: Channel) -> None:
-    """Raise the same RuntimeError on all ranks, with values and ranks, unless all entries are equal on all ranks."""
+def gather_objects(mine: Any, channel: Channel) -> list[Any]:
+    """What each rank has, by rank; anything that pickle can send."""
     everyone: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, everyone, agreement)
+    channel.call(dist.all_gather_object, everyone, mine)
+    return everyone
+
+
+def require_agreement(agreement: Mapping[str, str], channel: Channel) -> None:
+    """Raise the same RuntimeError on all ranks, with values and ranks, unless all entries are equal on all ranks."""
+    everyone = gather_objects(agreement, channel)
     differences = []
     for key in dict.fromkeys(key for theirs in everyone for key in theirs):
         ranks: dict[str, list[str]] = {}
@@ -54,17 +87,37 @@ def require_agreement(agreement: dict[str, str], channel: Channel) -> None:
         raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))
 
 
-def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype:
+def require_equal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> None:
+    """Raise the same RuntimeError on all ranks unless every trainable parameter is trainable on all ranks that hold it."""
+    everyone = gather_objects(dict(copies), channel)
+    for name, ranks in {name: ranks for theirs in everyone for name, ranks in theirs.items()}.items():
+        if frozen := [rank for rank in ranks if name not in everyone[rank]]:
+            raise RuntimeError(
+                f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and frozen or missing on rank "
+                f"{', '.join(map(str, frozen))}: set its requires_grad alike on all of them"
+            )
+
+
+def agree_on_results(results: Sequence[Tensor] | Exception, channel: Channel, device: Any) -> torch.dtype:
     """The widest dtype of what all ranks' experts returned, whose width is one, in one collective of two numbers.
 
-    Raises the same RuntimeError on all ranks where widths differ or a dtype is none of a real number.
+    Raises on all ranks where experts of one of them raised, there their own error; and the same RuntimeError where widths differ or a
+    dtype is none of a real number.
     """
-    dtypes = {result.dtype for result in results}
-    width = results[0].shape[-1]
-    code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else -1
-    gathered = _gather_integers([code, width], channel, results[0].device)
+    if isinstance(results, Exception):
+        dtypes, width, code = set(), 0, FAILED
+    else:
+        dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
+        code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
+    gathered = _gather_integers([code, width], channel, device)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
-    if len(widths) > 1 or -1 in codes:
+    if FAILED in codes:
+        reasons = gather_objects(f"{type(results).__name__}: {results}" if isinstance(results, Exception) else None, channel)
+        if isinstance(results, Exception):
+            raise results
+        failed = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        raise RuntimeError(f"{channel.layer}: experts failed on {failed}")
+    if len(widths) > 1 or NO_NUMBER in codes:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         entries = {"width of the experts' results": str(width), "dtype of the experts' results": names}
         require_agreement({"layer": channel.layer, **entries}, channel)

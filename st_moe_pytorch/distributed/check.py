@@ -1,12 +1,13 @@
 """A proof that anyone can run: the gradients of a sharded layer are those of one process."""
 
 import copy
+import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from st_moe_pytorch.distributed.agreement import gather_objects
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.sharding import copy_from_first_rank, data_parallel, group_names, shard_experts
 from st_moe_pytorch.distributed.strategies import Strategy
@@ -21,15 +22,14 @@ def check_expert_parallel(
     In float64, outputs and gradients of a random function of the layer, sharded over the ranks, are compared with those of one process.
 
     Prints on rank 0 and returns on all ranks the largest relative error ``max |a - b| / max |b|`` of each tensor; about 1e-15 is exact.
+    NaN, printed as "no gradient", stands for a trainable parameter that got none: nothing is proved of it.
     """
     group = group_names(process_group)[0]
     channel = Channel("check_expert_parallel", group)
     single = copy.deepcopy(moe).double()
     copy_from_first_rank(single, channel)
     sharded = shard_experts(copy.deepcopy(single), process_group, strategy)
-    xs: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, xs, x.detach().double().cpu())
-    xs = [theirs.to(x.device).requires_grad_() for theirs in xs]
+    xs = [theirs.to(x.device).requires_grad_() for theirs in gather_objects(x.detach().double().cpu(), channel)]
 
     results = [_random_function(single, theirs, rank) for rank, theirs in enumerate(xs)]
     torch.stack([loss for _, loss in results]).mean().backward()
@@ -39,13 +39,15 @@ def check_expert_parallel(
     loss.backward()
 
     pairs = {"outputs": (outputs, results[channel.rank][0]), "gradient of x": (tokens.grad, xs[channel.rank].grad * channel.size)}
-    expected = dict(single.named_parameters())
-    pairs |= {f"gradient of {name}": (p.grad, expected[name].grad) for name, p in sharded.named_parameters() if p.requires_grad}
-    errors: list[Any] = [None] * channel.size
-    channel.call(dist.all_gather_object, errors, {name: _relative_error(*pair) for name, pair in pairs.items()})
-    worst = {name: max(theirs.get(name, 0.0) for theirs in errors) for name in dict.fromkeys(name for theirs in errors for name in theirs)}
+    expected = dict(single.named_parameters(remove_duplicate=False))
+    trained = {name: p for name, p in sharded.named_parameters(remove_duplicate=False) if p.requires_grad}
+    pairs |= {f"gradient of {name}": (p.grad, expected[name].grad) for name, p in trained.items()}
+    worst: dict[str, float] = {}
+    for theirs in gather_objects({name: _relative_error(*pair) for name, pair in pairs.items()}, channel):
+        for name, error in theirs.items():
+            worst[name] = error if math.isnan(error) else max(worst.get(name, 0.0), error)
     if channel.rank == 0:
-        print(*(f"{error:.1e}  {name}" for name, error in worst.items()), sep="\n")
+        print(*(f"{'no gradient' if math.isnan(error) else f'{error:.1e}':>11}  {name}" for name, error in worst.items()), sep="\n")
     return worst
 
 
@@ -59,7 +61,7 @@ def _random_function(moe: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, Tens
 
 def _relative_error(got: Tensor | None, expected: Tensor | None) -> float:
     if got is None or expected is None:
-        return 0.0 if got is expected else torch.inf
+        return math.nan if got is expected else math.inf
     if got.numel() == 0:
         return 0.0
     error, size = (got - expected).abs().max().item(), expected.abs().max().item()

@@ -31,7 +31,13 @@ class Channel(NamedTuple):
             )
         if self.group_name is None:
             return dist.group.WORLD
-        return group_named(self.group_name)
+        try:
+            return group_named(self.group_name)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.layer}: its process group {self.group_name!r} is gone, as after destroy_process_group: "
+                "build the model anew and shard it over a group that exists"
+            ) from error
 
     @property
     def rank(self) -> int:
@@ -92,20 +98,35 @@ class _AllGather(Function):
         return parts.view(ranks, rows, *parts.shape[1:]).sum(dim=0), None, None
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself. Its adjoint multiplies the gradient by factor."""
-    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+def scale_gradient(x: Tensor, factor: float, layer: str) -> Tensor:
+    """x itself. Its adjoint multiplies the gradient by factor; a second derivative raises RuntimeError with the layer's name."""
+    return _ScaleGradient.apply(x, factor, layer)
 
 
 class _ScaleGradient(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(ctx: Any, x: Tensor, factor: float, layer: str) -> Tensor:
+        ctx.factor, ctx.layer = factor, layer
         return x.view_as(x)
 
     @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _FirstDerivative.apply(grads[0] * ctx.factor, ctx.layer), None, None
+
+
+class _FirstDerivative(Function):
+    """A gradient that may not be differentiated again: parameters' gradients are sums over ranks, which no rank's own loss is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, layer: str) -> Tensor:
+        ctx.layer = layer
+        return grad.view_as(grad)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
+        raise RuntimeError(
+            f"{ctx.layer}: second derivatives through experts on several ranks are not supported; run it on one rank for them"
+        )
 
 
 def join_replicas(

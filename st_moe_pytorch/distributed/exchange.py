@@ -3,16 +3,28 @@
 Axes: e experts, r ranks, t rows, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.distributed.agreement import agree_on_results, gather_counts
+from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts
 from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
+
+
+class Copy(NamedTuple):
+    """A trainable parameter that other ranks hold too."""
+
+    name: str
+    """The same on all ranks that hold it."""
+    holders: Sequence[int]
+    """Ranks of the channel."""
+    parameter: nn.Parameter
+    places: list[tuple[int, str]]
+    """Experts of this rank that have it, and its name in each."""
 
 
 class ExpertParallel(NamedTuple):
@@ -25,6 +37,10 @@ class ExpertParallel(NamedTuple):
     """Whether a rank holds its own experts only, or all of them and computes with its own only."""
     data_parallel: Channel | None = None
     """The ranks that hold the same experts as this one, in a mesh of two dimensions."""
+    ties: Mapping[str, tuple[str, Sequence[int]]] = {}
+    """For names of parameters that experts of several ranks have in common: the first of these names, and the ranks."""
+    model: str = ""
+    """Tells models apart whose layers have the same names."""
 
     @property
     def experts(self) -> range:
@@ -36,40 +52,68 @@ class ExpertParallel(NamedTuple):
         """All ranks that gradients of the experts come from."""
         return self.placement.num_ranks * (1 if self.data_parallel is None else self.data_parallel.size)
 
-    def exchange(self, rows: Tensor, counts: Sequence[int], needs_grad: bool) -> "Exchange":
+    def holders_of(self, number: int, name: str) -> Sequence[int]:
+        """The ranks of the channel that hold a parameter of an expert."""
+        tie = self.ties.get(f"{number}.{name}")
+        return self.placement.holders_of(number) if tie is None else tie[1]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any rank holds parameters that another one holds too, whose gradients are to be summed."""
+        is_cut = self.placement.num_experts % self.placement.num_ranks > 0
+        return self.sharded and (is_cut or bool(self.ties) or self.data_parallel is not None)
+
+    def copies(self, experts: nn.ModuleList) -> list[Copy]:
+        """The trainable parameters of this rank's experts that other ranks hold too, in an order that is the same on all ranks."""
+        found: dict[nn.Parameter, Copy] = {}
+        for number in self.experts if self.has_copies else ():
+            for name, parameter in experts[number].named_parameters():
+                key, holders = self.ties.get(f"{number}.{name}", (f"{number}.{name}", self.holders_of(number, name)))
+                if parameter.requires_grad and (len(holders) > 1 or self.data_parallel is not None):
+                    found.setdefault(parameter, Copy(key, holders, parameter, [])).places.append((number, name))
+        return sorted(found.values(), key=lambda copy: copy.name)
+
+    def exchange(self, rows: Tensor, counts: Sequence[int], needs_grad: bool, copies: Sequence[Copy] = ()) -> "Exchange":
         """What travels in one forward of a layer, agreed on by all ranks.
 
         rows (t d) sorted by expert, counts: how many of them each expert gets.
         needs_grad: whether this rank needs gradients. If any does, all take part in the backward.
         """
-        gathered, needs_grad = gather_counts(counts, needs_grad, self._agreement(rows), self.channel, rows.device)
+        if self.channel.size != self.placement.num_ranks:
+            raise RuntimeError(
+                f"{self.channel.layer}: its experts were sharded over {self.placement.num_ranks} ranks, but its process group has "
+                f"{self.channel.size}: build the model anew and shard it over the group that there is now"
+            )
+        agreement, problem = self._agreement(rows), None
+        if self.data_parallel is not None and torch.is_grad_enabled():
+            names = [copy.name for copy in copies]
+            needs_grad, problem = agree_with_replicas(names, needs_grad, self.data_parallel, rows.device)
+            agreement["replicas"] = problem or "agree"
+        shared = {copy.name: copy.holders for copy in copies if len(copy.holders) > 1}
+        gathered, needs_grad = gather_counts(counts, needs_grad, agreement, shared, self.channel, rows.device)
+        if problem is not None:
+            raise RuntimeError(problem)
         blocks = self.placement.blocks(gathered)
         back = [[sum(source) for source in zip(*held, strict=True)] for held in blocks]
         return Exchange(self, blocks[self.channel.rank], [list(line) for line in zip(*back, strict=True)], back, needs_grad)
 
-    def join_replicas(self, block: Tensor, experts: nn.ModuleList) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        """A block of rows, and the trainable parameters, by expert and name, of those experts that other ranks hold too.
-
-        With them in place of the experts' own, the gradients of all copies are summed.
-        """
-        is_cut = self.placement.num_experts % self.placement.num_ranks
-        if not self.sharded or (not is_cut and self.data_parallel is None):
+    def join_replicas(self, block: Tensor, copies: Sequence[Copy]) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        """A block of rows, and tensors to put in place of the copies, by expert and name, to sum the gradients of all copies."""
+        if not self.has_copies:
             return block, {}
-        holders = {number: self.placement.holders_of(number) for number in self.experts}
-        copied = [number for number in self.experts if self.data_parallel is not None or len(holders[number]) > 1]
-        own = [(number, name, p) for number in copied for name, p in experts[number].named_parameters() if p.requires_grad]
-        block, *joined = join_replicas(
-            block, [p for *_, p in own], [holders[number] for number, *_ in own], self.channel, self.data_parallel
-        )
-        parameters: dict[int, dict[str, Tensor]] = {number: {} for number in copied}
-        for (number, name, _), parameter in zip(own, joined, strict=True):
-            parameters[number][name] = parameter
+        holders = [copy.holders for copy in copies]
+        block, *joined = join_replicas(block, [copy.parameter for copy in copies], holders, self.channel, self.data_parallel)
+        parameters: dict[int, dict[str, Tensor]] = {}
+        for copy, parameter in zip(copies, joined, strict=True):
+            for number, name in copy.places:
+                parameters.setdefault(number, {})[name] = parameter
         return block, parameters
 
     def _agreement(self, rows: Tensor) -> dict[str, str]:
         """What has to be equal on all ranks in an exchange."""
         return {
             "layer": self.channel.layer,
+            "model": self.model,
             "number of experts": str(self.placement.num_experts),
             "experts": "sharded" if self.sharded else "not sharded",
             "strategy": strategy_name(self.strategy),
@@ -95,21 +139,28 @@ class Exchange(NamedTuple):
         """This rank's rows (t d), sorted by expert -> a block of rows of all ranks for each expert that is placed here."""
         if self.needs_grad and not rows.requires_grad:
             rows = rows.detach().requires_grad_()
-        arrived = scale_gradient(self._send(rows, self.there), self._scale)
+        arrived = self._scaled(self._send(rows, self.there), self._scale)
         parts = arrived.split([n for source in zip(*self.sizes, strict=True) for n in source])
         return [torch.cat(parts[i :: len(self.sizes)]) for i in range(len(self.sizes))]
 
     def to_tokens(self, results: Sequence[Tensor]) -> Tensor:
         """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of any rank's."""
-        dtype = agree_on_results(results, self.parallel.channel)
+        dtype = agree_on_results(results, self.parallel.channel, results[0].device)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
-        return self._send(scale_gradient(returning, 1 / self._scale), self.back)
+        return self._send(self._scaled(returning, 1 / self._scale), self.back)
+
+    def fail(self, error: Exception, device: torch.device) -> None:
+        """In place of `to_tokens` where experts raised an error: raises it here and tells it to all ranks, which wait for results."""
+        agree_on_results(error, self.parallel.channel, device)
 
     @property
     def _scale(self) -> int:
         """Nobody averages the gradients of sharded experts over ranks, so the mean is taken here; those of rows get their size back."""
         return self.parallel.num_ranks if self.parallel.sharded else 1
+
+    def _scaled(self, rows: Tensor, factor: float) -> Tensor:
+        return rows if self.parallel.num_ranks == 1 else scale_gradient(rows, factor, self.parallel.channel.layer)
 
     def _send(self, rows: Tensor, traffic: list[list[int]]) -> Tensor:
         strategy = self.parallel.strategy

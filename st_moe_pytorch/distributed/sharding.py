@@ -5,7 +5,9 @@ one process had run each rank's tokens through the whole model: under `data_para
 Every rank has to run every forward and every backward, on no tokens if it has none.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.compat import is_managed_by_ddp, leave_out_of_ddp
-from st_moe_pytorch.distributed.agreement import require_agreement
+from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
@@ -39,33 +41,92 @@ def shard_experts(model: nn.Module, process_group_or_mesh: Any = None, strategy:
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
 
     Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut expert are equal.
-    Raises ValueError if there is nothing to shard, RuntimeError without a process group, and if the model differs between ranks.
+    A parameter that several experts have in common gets its gradient from all of them, whatever their ranks.
+
+    Nothing is changed before all ranks have agreed. Raises on all of them ValueError for a model without experts, with sharded ones, with
+    experts inside experts, or with a parameter that is in experts and elsewhere; RuntimeError without a process group, and if the models
+    differ.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Shardable)}
-    if not layers:
-        raise ValueError(f"model must contain experts, got {type(model).__name__} without any")
-    if done := [name for name, layer in layers.items() if layer.parallel is not None]:
-        raise ValueError(f"model must have its experts unsharded, but {', '.join(done) or 'it'} was sharded before")
     check_strategy(strategy)
     groups = group_names(process_group_or_mesh)
+    agreed = Channel("shard_experts", groups[0])
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Shardable)}
+    problem = _problem_with(model, layers)
+    tensors = {} if problem else {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    loaded = " and ".join(sorted({"on the meta device" if t.is_meta else "loaded" for t in tensors.values()}))
+    entries = {"layer": agreed.layer, "problem": problem or "none", "strategy": strategy_name(strategy)}
+    entries["weights (to be loaded before sharding on all ranks, or afterwards on all)"] = loaded
+    entries |= {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
+    require_agreement(entries, agreed)
+    if problem is not None:
+        raise ValueError(problem)
+    number = gather_objects(uuid4().hex, agreed)[0]
     parallels = {}
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
-        parallels[name] = ExpertParallel(channel, Placement(layer.num_experts, channel.size), strategy, True, *data_parallel)
-
-    tensors = {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in model.state_dict().items()}
-    channel = next(iter(parallels.values())).channel
-    require_agreement({"layer": "shard_experts", "strategy": strategy_name(strategy), **tensors}, channel)
+        placement = Placement(layer.num_experts, channel.size)
+        parallels[name] = ExpertParallel(
+            channel, placement, strategy, True, *data_parallel, ties=ties_of(layer.experts, placement), model=number
+        )
     for name, layer in layers.items():
         parallel = parallels[name]
         copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))
+    for name, layer in layers.items():
         layer.shard(parallels[name])
     return model
 
 
+def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | None:
+    """Why a model cannot be sharded, if it cannot."""
+    if not layers:
+        return f"model must contain experts, got {type(model).__name__} without any"
+    if done := [name for name, layer in layers.items() if layer.parallel is not None]:
+        return f"model must have its experts unsharded, but {', '.join(done) or 'it'} was sharded before"
+    inside = {name: f"{name}.experts.".removeprefix(".") for name in layers}
+    for inner in layers:
+        if outer := [name or "the model" for name, prefix in inside.items() if inner.startswith(prefix)]:
+            return f"model must not have experts inside experts, whose ranks would wait for each other, but {inner} is inside {outer[0]}"
+    # the experts that have each parameter, by layer, with the number of experts there, on which their ranks depend
+    holders: dict[nn.Parameter, dict[str, tuple[int, set[int]]]] = {}
+    for name, layer in layers.items():
+        for number, expert in enumerate(layer.experts):
+            for parameter in expert.parameters():
+                holders.setdefault(parameter, {}).setdefault(name, (layer.num_experts, set()))[1].add(number)
+    prefixes = tuple(
+        f"{name}.experts.".removeprefix(".") for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Shardable)
+    )
+    for parameter, names in _names_by_parameter(model).items():
+        if parameter not in holders:
+            continue
+        if not all(name.startswith(prefixes) for name in names):
+            return f"model must not have a parameter in experts and elsewhere, where it is averaged otherwise: {' is '.join(names)}"
+        first, *others = holders[parameter].values()
+        if any(other != first for other in others):
+            return f"layers that have experts in common must have the same ones under the same numbers, but {' is '.join(names)}"
+    return None
+
+
+def _names_by_parameter(module: nn.Module) -> dict[nn.Parameter, list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def ties_of(experts: nn.ModuleList, placement: Placement) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """For every name of a parameter that experts of several ranks have in common: the first of these names, and the ranks."""
+    found = {}
+    for same in _names_by_parameter(experts).values():
+        numbers = {int(name.split(".")[0]) for name in same}
+        ranks = sorted({rank for number in numbers for rank in placement.holders_of(number)})
+        if len(numbers) > 1 and len(ranks) > 1:
+            found |= dict.fromkeys(same, (same[0], tuple(ranks)))
+    return found
+
+
 def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.ModuleList, ExpertParallel]]:
-    """The experts, by the name of their layer, that are sharded, and how."""
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Shardable))
+    """The experts that are sharded, and how, by the names of their layer, of which it may have several."""
+    layers = ((name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Shardable))
     return {name: (layer.experts, layer.parallel) for name, layer in layers if layer.parallel is not None}
 
 
@@ -88,8 +149,8 @@ def data_parallel(model: nn.Module, process_group: Any = None, **options: Any) -
                 f"{name} has its experts on {parallel.num_ranks} ranks, but process_group has {ranks}: "
                 "to replicate experts, give shard_experts a mesh of shape (replicas, ranks of experts)"
             )
-        tensors = dict(experts.named_parameters()) | dict(experts.named_buffers())
-        ignored += [f"{name}.experts.{key}".removeprefix(".") for key in tensors]
+        tensors = (*experts.named_parameters(remove_duplicate=False), *experts.named_buffers(remove_duplicate=False))
+        ignored += [f"{name}.experts.{key}".removeprefix(".") for key, _ in tensors]
     leave_out_of_ddp(model, ignored)
     return DistributedDataParallel(model, process_group=process_group, **options)
 
@@ -107,16 +168,21 @@ def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm, over the whole model, is at most max_norm.
 
-    Returns the norm before, 0-d float64, the same on every rank. Each expert counts once, however many ranks hold it.
+    Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and layers hold it.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
     sharded = sharded_parameters(model)
     dense = [parameter for parameter in model.parameters() if parameter not in sharded]
     square = _square_norm(dense)
-    by_channel: dict[Channel, list[nn.Parameter]] = {}
+    by_channel: dict[Channel, dict[nn.Parameter, None]] = {}
     for experts, parallel in sharded_layers(model).values():
-        channel, holders_of = parallel.channel._replace(layer="clip_grad_norm_"), parallel.placement.holders_of
-        counted = [number for number in parallel.experts if holders_of(number)[0] == channel.rank]
-        by_channel.setdefault(channel, []).extend(p for number in counted for p in experts[number].parameters())
+        channel = parallel.channel._replace(layer="clip_grad_norm_")
+        counted = by_channel.setdefault(channel, {})
+        for number in parallel.experts:
+            for name, parameter in experts[number].named_parameters():
+                if parallel.holders_of(number, name)[0] == channel.rank:
+                    counted[parameter] = None
     for channel, parameters in by_channel.items():
         # on the device of dense gradients, since a rank may count no expert
         of_experts = _square_norm(parameters).to(square.device)
@@ -128,21 +194,26 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def _square_norm(parameters: list[nn.Parameter]) -> Tensor:
+def _square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients, 0-d float64, of whole ones where FSDP holds pieces of them."""
-    norm: Any = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # a half type's own norm in float32 stands for it
+    wide = [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm: Any = nn.utils.get_total_norm(wide)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double().square()
 
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state_dict of the unsharded model, on every rank. A sharded model loads it too, strictly."""
+    """The state_dict of the unsharded model, on every rank, which needs the memory for it. A sharded model loads it too, strictly.
+
+    Every rank has to call it. For models that fit no rank, ``torch.distributed.checkpoint`` saves each rank's part.
+    """
     state = model.state_dict()
     for name, (_, parallel) in sharded_layers(model).items():
         prefix = f"{name}.experts.".removeprefix(".")
-        everyone: list[Any] = [None] * parallel.channel.size
-        parallel.channel.call(dist.all_gather_object, everyone, {key: t for key, t in state.items() if key.startswith(prefix)})
-        for theirs in everyone:
+        mine = {key: t for key, t in state.items() if key.startswith(prefix)}
+        for theirs in gather_objects(mine, parallel.channel):
             state.update({key: t for key, t in theirs.items() if key not in state})
     return state
 

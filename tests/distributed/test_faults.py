@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Workers
 from reference import DIM, loss_of, stack
 from torch import nn
@@ -249,3 +250,86 @@ def without_a_strategy(rank):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_what_is_no_strategy_is_refused_before_anything_is_done(workers):
     workers.run(without_a_strategy)
+
+
+def second_derivative(rank):
+    layer = shard_experts(nn.ModuleDict({"moe": moe_of(rank, 3)}))["moe"]
+    x = torch.randn(1, 4, DIM, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).outputs.square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+def loaded_on_one_rank(rank):
+    with torch.device("meta" if rank == ODD else "cpu"):
+        model = nn.ModuleList([moe_of(rank), moe_of(rank)])
+    shard_experts(model)
+
+
+def models_in_another_order(rank):
+    """Two models whose layers have the same names, shapes and tokens."""
+    models = [shard_experts(nn.ModuleDict({"moe": moe_of(rank)})) for _ in range(2)]
+    for model in reversed(models) if rank == ODD else models:
+        model["moe"](torch.randn(1, 3, DIM))
+
+
+ALSO_SAME_ERROR = {
+    "second derivative": (second_derivative, "moe.experts: second derivatives through experts on several ranks are not supported"),
+    "meta": (
+        loaded_on_one_rank,
+        r"shard_experts: .* weights \(to be loaded before sharding on all ranks, or afterwards on all\): "
+        "loaded on rank 0 2, on the meta device on rank 1",
+    ),
+    "models": (models_in_another_order, r"moe.experts: the ranks differ, where they must agree, in model: \w+ on rank 0 2, \w+ on rank 1"),
+}
+
+
+@pytest.mark.parametrize(("function", "pattern"), ALSO_SAME_ERROR.values(), ids=ALSO_SAME_ERROR)
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_all_ranks_raise_the_same_error(workers, function, pattern):
+    messages = workers.run(message_of, function, ())
+    assert len(set(messages)) == 1
+    assert re.search(pattern, messages[0]), messages[0]
+
+
+class Refuse(nn.Module):
+    def forward(self, x):
+        raise KeyError("no such thing")
+
+
+def an_expert_that_fails(rank):
+    layer = shard_experts(nn.ModuleDict({"moe": MoE(DIM, 3, experts=[nn.Identity(), Refuse(), nn.Identity()])}))["moe"]
+    with pytest.raises(KeyError if rank == ODD else RuntimeError) as caught:
+        layer(torch.randn(1, 9, DIM))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_an_experts_error_is_told_to_all_ranks(workers):
+    first, failed, last = workers.run(an_expert_that_fails)
+    assert first == last == "moe.experts: experts failed on rank 1: KeyError: 'no such thing'"
+    assert failed == "'no such thing'"
+
+
+def groups_made_again(rank):
+    """Of the same size and default, a group made again serves; else the error says what to do."""
+    own = shard_experts(nn.ModuleDict({"moe": moe_of(rank)}), dist.new_group([0, 1]))["moe"]
+    layer = shard_experts(nn.ModuleDict({"moe": moe_of(rank)}))["moe"]
+    x = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(rank))
+    layer.eval()
+    before = layer(x).outputs
+    store = dist.distributed_c10d._get_default_store()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
+    assert torch.equal(layer(x).outputs, before)
+    with pytest.raises(RuntimeError, match=r"moe.experts: its process group '\d+' is gone, .*: build the model anew and shard it over"):
+        own(x)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(RuntimeError, match=r"moe.experts: its experts were sharded over 2 ranks, but its process group has 1: build"):
+        layer(x)
+
+
+def test_groups_that_were_destroyed_and_made_again():
+    workers = Workers(2)
+    workers.run(groups_made_again)
+    workers.kill()
