@@ -7,6 +7,8 @@ import torch
 from beartype import BeartypeConf, FrozenDict, beartype
 from torch import Tensor, nn
 
+from st_moe_pytorch.compat import is_transformed
+
 NUMBERS = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
 typechecked = beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=NUMBERS))
 """Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
@@ -19,6 +21,32 @@ def check_positive(**sizes: int | float | None) -> None:
             raise ValueError(f"{name} must be a positive number, got {size}")
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError unless every named count is None or a positive whole number."""
+    check_positive(**counts)
+    for name, count in counts.items():
+        if count is not None and not isinstance(count, SupportsIndex):
+            raise ValueError(f"{name} must be a whole number, got {count}")
+
+
+def check_finite(**numbers: float) -> None:
+    """Raise ValueError unless every named number is finite. Tensors are taken at their word, since a look at them may wait for a device."""
+    for name, number in numbers.items():
+        if not isinstance(number, Tensor) and not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}")
+
+
+def is_blind(t: Tensor) -> bool:
+    """Whether nothing may depend on the values of tensors: in code that is compiled, exported or traced, and on the meta device."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return is_traced or t.is_meta
+
+
+def can_be_looked_at(t: Tensor) -> bool:
+    """Whether values of a tensor can be read, and at no cost: a device would have to be waited for."""
+    return t.device.type == "cpu" and not is_blind(t) and not is_transformed() and type(t) in (Tensor, nn.Parameter)
+
+
 def check_one_of(choices: tuple[str, ...], **names: str) -> None:
     """Raise ValueError unless every named value is one of the choices."""
     for name, value in names.items():
@@ -26,8 +54,9 @@ def check_one_of(choices: tuple[str, ...], **names: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_noise(noise_gates: bool) -> None:
-    """Raise ValueError for a tensor, which is a mask in the wrong place."""
+def check_noise(noise_gates: bool, noise_mult: float = 1.0) -> None:
+    """Raise ValueError for a tensor, which is a mask in the wrong place, and for a strength that is no number."""
+    check_finite(noise_mult=noise_mult)
     if isinstance(noise_gates, Tensor):
         shape = tuple(noise_gates.shape)
         raise ValueError(f"noise_gates must be a bool, got a tensor of shape {shape}: a mask is passed by name, mask=...")
@@ -50,6 +79,19 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, route_by: Tens
         raise ValueError(f"route_by must be {expected}, got {route_by.dtype} of shape {tuple(route_by.shape)}")
     if draws is not None and draws.ndim != x.ndim:
         raise ValueError(f"draws must have x's shape {tuple(x.shape)} but for the last axis, the choices, got {tuple(draws.shape)}")
+    for name, given in (("mask", mask), ("route_by", route_by), ("draws", draws)):
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{name} must be on x's device, {x.device}, got {given.device}")
+
+
+def check_draws(draws: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError unless draws are floating-point numbers in [0, 1], in one of the shapes."""
+    if draws.shape not in shapes:
+        raise ValueError(f"draws must have shape {shapes[0]}, a number for every choice, got {tuple(draws.shape)}")
+    if not draws.is_floating_point():
+        raise ValueError(f"draws must be floating-point numbers in [0, 1], got {draws.dtype}")
+    if can_be_looked_at(draws) and not ((draws >= 0) & (draws <= 1)).all():
+        raise ValueError(f"draws must lie in [0, 1], got numbers from {draws.min().item()} to {draws.max().item()}")
 
 
 def is_overridden(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -17,11 +17,16 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def is_transformed() -> bool:
+    """Whether a function of torch.func runs, under which tensors stand for many."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def may_be_derived(*tensors: Tensor | float) -> bool:
     """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or many at a time."""
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
         return True
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

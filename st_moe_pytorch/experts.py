@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from st_moe_pytorch.checks import typechecked
+from st_moe_pytorch.checks import is_blind, typechecked
 from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_reentrant_checkpoint
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel
@@ -63,6 +63,9 @@ class Experts(nn.Module):
         self.channel = Channel("Experts", None if process_group is None else process_group.group_name)
         self.parallel: ExpertParallel | None = None
         self.dummy = nn.Buffer(torch.ones(1), persistent=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.dummy)
 
     def forward(self, x: Tensor, offsets: Tensor | None = None, is_distributed: bool | None = None) -> Tensor:
         """Run every expert on its own tokens, in either layout.
@@ -247,12 +250,6 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
             )
         seen.add(node)
         nodes += [node for node, _ in node.next_functions]
-
-
-def is_blind(t: Tensor) -> bool:
-    """Whether nothing may depend on the values of tensors: in code that is compiled, exported or traced, and on the meta device."""
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return is_traced or t.is_meta
 
 
 def may_share_products(t: Tensor) -> bool:

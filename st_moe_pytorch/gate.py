@@ -1,13 +1,15 @@
 """What a router is to the rest of the library: tokens are projected to logits once for all of them, and then one decides."""
 
+import threading
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_noise, check_positive, check_tokens, is_overridden
+from st_moe_pytorch.checks import check_counts, check_noise, check_tokens, is_overridden
 from st_moe_pytorch.compat import has_hooks
 from st_moe_pytorch.routing import DenseRouting, Routing
 
@@ -16,6 +18,22 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context in which autocast is off on x's device."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class Listeners(threading.local):
+    """Who wants to know what routers decide in this thread. Layers tell all of them, and nothing else changes by it."""
+
+    of_decisions: tuple[Callable[[nn.Module, Routing], None], ...] = ()
+
+
+LISTENERS = Listeners()
+
+
+def tell(decider: nn.Module, routing: Routing) -> Routing:
+    """The routing itself, told to all listeners: by a gate, and by the layer that goes by it."""
+    for listen in LISTENERS.of_decisions:
+        listen(decider, routing)
+    return routing
 
 
 class RouterLinear(nn.Linear):
@@ -41,7 +59,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int, num_gates: int, *, group_size: int | None = None) -> None:
         super().__init__()
-        check_positive(dim=dim, num_gates=num_gates, group_size=group_size)
+        check_counts(dim=dim, num_gates=num_gates, group_size=group_size)
         self.dim = dim
         self.num_gates = num_gates
         self.group_size = group_size
@@ -72,7 +90,7 @@ class Gate(nn.Module):
         route_by (b n d) is what the router looks at instead of x, such as word embeddings.
         draws (b n k), or by group, are uniform numbers in [0, 1) for routers that draw, instead of fresh ones.
         """
-        check_noise(noise_gates)
+        check_noise(noise_gates, noise_mult)
         check_tokens(x, self.dim, mask, route_by)
         if x.ndim != 3:
             raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
@@ -82,10 +100,10 @@ class Gate(nn.Module):
         with without_autocast(x):
             logits = self.to_gates(features).to(torch.promote_types(x.dtype, torch.float32))
             if not (noise_gates and noise_mult):
-                return self.decide(logits, mask=mask, draws=draws)
+                return tell(self, self.decide(logits, mask=mask, draws=draws))
             # Gumbel noise is -log of an exponential draw
             noised = logits - noise_mult * torch.empty_like(logits).exponential_().log()
-            return self.decide(logits, mask=mask, draws=draws, noised=noised)
+            return tell(self, self.decide(logits, mask=mask, draws=draws, noised=noised))
 
     def forward(
         self,
@@ -103,6 +121,7 @@ class Gate(nn.Module):
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
         """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""
+        check_counts(group_size=self.group_size)
         if self.group_size is None:
             return b, n
         groups = max(1, b * n // self.group_size)

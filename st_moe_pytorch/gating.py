@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.checks import check_one_of, check_positive, typechecked
+from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, typechecked
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
 from st_moe_pytorch.routing import Routing, assign_slots, expert_capacity
@@ -74,15 +74,7 @@ class TopNGating(Gate):
         second_place_loss: bool = False,
     ) -> None:
         super().__init__(dim, num_gates, group_size=group_size)
-        check_positive(eps=eps, top_n=top_n, min_expert_capacity=min_expert_capacity)
-        check_positive(capacity_factor_train=capacity_factor_train, capacity_factor_eval=capacity_factor_eval)
-        check_one_of(POLICIES, policy_train=policy_train, policy_eval=policy_eval)
-        check_one_of(PRIORITIES, priority=priority)
-        if top_n > num_gates:
-            raise ValueError(f"top_n must be at most the number of experts: a token cannot choose {top_n} of {num_gates}")
-        if second_place_loss and top_n < 2:
-            raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {top_n}")
-
+        check_positive(eps=eps)
         self.eps = eps
         self.top_n = top_n
         self.capacity_factor_train = capacity_factor_train
@@ -95,19 +87,34 @@ class TopNGating(Gate):
         self.min_expert_capacity = min_expert_capacity
         self.priority = priority
         self.second_place_loss = second_place_loss
+        self._check_settings()
 
-        self.threshold_train = nn.Buffer(self._thresholds("threshold_train", threshold_train))
-        self.threshold_eval = nn.Buffer(self._thresholds("threshold_eval", threshold_eval))
+        self._built_with = {
+            "threshold_train": self._thresholds("threshold_train", threshold_train),
+            "threshold_eval": self._thresholds("threshold_eval", threshold_eval),
+        }
+        self.threshold_train = nn.Buffer(torch.tensor(self._built_with["threshold_train"]))
+        self.threshold_eval = nn.Buffer(torch.tensor(self._built_with["threshold_eval"]))
         self.zero = nn.Buffer(torch.zeros(1), persistent=False)
         self.register_load_state_dict_pre_hook(refuse_other_top_n)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Thresholds as they were constructed."""
+        nn.init.zeros_(self.zero)
+        for name, values in self._built_with.items():
+            # through nn.init, which loaders such as transformers' pass over for what a checkpoint has brought
+            threshold = nn.init.constant_(getattr(self, name), torch.nan)
+            threshold.copy_(torch.where(threshold.isnan(), threshold.new_tensor(values), threshold))
+
     def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
         """Where tokens with these logits (b n e) go. Arguments as of `Gate.decide`; the draws of first choices are ignored."""
+        self._check_settings()
         b, n, e = logits.shape
         k = self.top_n
         groups = self.groups(b, n)
-        if draws is not None and draws.shape not in ((b, n, k), (*groups, k)):
-            raise ValueError(f"draws must have shape {(b, n, k)}, a number for every choice, got {tuple(draws.shape)}")
+        if draws is not None:
+            check_draws(draws, (b, n, k), (*groups, k))
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
         probs = (clean if noised is None else noised.reshape(*groups, e)).softmax(dim=-1)
@@ -151,7 +158,7 @@ class TopNGating(Gate):
         """Which choices (b n k) the policy asks for: the first of every real token, and later ones by their gate."""
         policy = self.policy_train if self.training else self.policy_eval
         threshold = self.threshold_train if self.training else self.threshold_eval
-        check_one_of(POLICIES, policy=policy)
+        self._check_thresholds(threshold)
         if policy == "threshold":
             asked = gates > threshold
         elif policy == "random" and self.top_n > 1:
@@ -174,6 +181,27 @@ class TopNGating(Gate):
             balance = balance + 0.5 * balance_loss(rest, indices[..., 1], mask)
         return balance, router_z_loss(logits, mask)
 
+    def _check_settings(self) -> None:
+        """Raise ValueError for settings that mean nothing, whether constructed or assigned later."""
+        check_counts(top_n=self.top_n, min_expert_capacity=self.min_expert_capacity)
+        check_positive(capacity_factor_train=self.capacity_factor_train, capacity_factor_eval=self.capacity_factor_eval)
+        check_one_of(POLICIES, policy_train=self.policy_train, policy_eval=self.policy_eval)
+        check_one_of(PRIORITIES, priority=self.priority)
+        if self.top_n > self.num_gates:
+            raise ValueError(f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}")
+        if self.second_place_loss and self.top_n < 2:
+            raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {self.top_n}")
+
+    def _check_thresholds(self, thresholds: Tensor) -> None:
+        name = "threshold_train" if self.training else "threshold_eval"
+        if thresholds.shape != (self.top_n,):
+            raise ValueError(f"{name} must hold a number for each of top_n={self.top_n} choices, got shape {tuple(thresholds.shape)}")
+        if can_be_looked_at(thresholds) and not all(0 <= t <= 1 for t in thresholds.tolist()):
+            raise ValueError(
+                f"{name} must lie in [0, 1], got {thresholds.tolist()}; where a loader left it without values, reset_parameters() sets "
+                "those that the gate was built with"
+            )
+
     def extra_repr(self) -> str:
         thresholds = {name: [round(t, 4) for t in getattr(self, f"threshold_{name}").tolist()[1:]] for name in ("train", "eval")}
         settings = (
@@ -187,14 +215,14 @@ class TopNGating(Gate):
         changed = (f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual)
         return ", ".join((f"{self.dim}, {self.num_gates}", *settings, *changed))
 
-    def _thresholds(self, name: str, given: float | Sequence[float]) -> Tensor:
-        """The buffer ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""
+    def _thresholds(self, name: str, given: float | Sequence[float]) -> list[float]:
+        """Numbers ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""
         later = tuple(given) if isinstance(given, Sequence) else (given,) * (self.top_n - 1)
         if len(later) != self.top_n - 1:
             raise ValueError(f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}")
         if not all(0 <= t <= 1 for t in later):
             raise ValueError(f"{name} must lie in [0, 1], got {given}")
-        return torch.tensor([self.eps, *later])
+        return [float(number) for number in (self.eps, *later)]
 
 
 def refuse_other_top_n(gate: TopNGating, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
         check_positive(dim=dim)
         self.dim = dim
         self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
+        self.gamma = nn.Parameter(torch.ones(dim))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
@@ -57,8 +56,7 @@ class GEGLU(nn.Module):
         super().__init__()
         check_positive(dim=dim)
         self.dim = dim
-        self.mult_bias = nn.Parameter(torch.empty(dim)) if mult_bias else 1.0
-        self.reset_parameters()
+        self.mult_bias = nn.Parameter(torch.ones(dim)) if mult_bias else 1.0
 
     def reset_parameters(self) -> None:
         if isinstance(self.mult_bias, Tensor):

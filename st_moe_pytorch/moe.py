@@ -10,10 +10,10 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from st_moe_pytorch.checks import check_noise, check_positive, check_tokens, is_overridden, typechecked
+from st_moe_pytorch.checks import check_counts, check_finite, check_noise, check_tokens, is_overridden, typechecked
 from st_moe_pytorch.compat import name_exported_tuple
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.gate import Gate, is_dense
+from st_moe_pytorch.gate import Gate, is_dense, tell
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import Expert, RMSNorm
 from st_moe_pytorch.routing import DenseRouting, Routing
@@ -75,9 +75,10 @@ class MoE(nn.Module):
         gate: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, num_experts=num_experts)
+        check_counts(dim=dim, num_experts=num_experts)
         self.dim = dim
         self.num_experts = num_experts
+        check_finite(balance_loss_coef=balance_loss_coef, router_z_loss_coef=router_z_loss_coef)
         self.balance_loss_coef = balance_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         gating = {
@@ -152,7 +153,8 @@ class MoE(nn.Module):
         route_by: features of x's shape that the router looks at instead of x.
         draws: uniform numbers in [0, 1), of x's shape with k for the last axis, for a gate that draws.
         """
-        check_noise(noise_gates)
+        check_noise(noise_gates, noise_mult)
+        check_finite(balance_loss_coef=self.balance_loss_coef, router_z_loss_coef=self.router_z_loss_coef)
         check_tokens(x, self.dim, mask, route_by, draws)
         shape = x.shape
         x = _grouped(x, len(shape))
@@ -161,7 +163,7 @@ class MoE(nn.Module):
             decision = self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given)
             outputs, balance, z = self._by_dense_tensors(x, given.get("mask"), decision)
         else:
-            routing = self.gate.route(x, noise_gates, noise_mult, **given)
+            routing = tell(self, self.gate.route(x, noise_gates, noise_mult, **given))
             outputs, balance, z = self._by_routing(x, routing), routing.balance_loss, routing.router_z_loss
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
         return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
@@ -221,7 +223,7 @@ class SparseMoEBlock(nn.Module):
         draws: Tensor | None = None,
     ) -> MixtureOfExpertsReturn:
         """Arguments and results as of `MoE`, whose experts have to keep the width."""
-        check_noise(noise_gates)
+        check_noise(noise_gates, noise_mult)
         check_tokens(x, self.moe.dim, mask, route_by, draws)
         if self.ff_before is not None:
             x = self.ff_before(x) + x
@@ -249,7 +251,7 @@ def given_only(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
     """Experts that start as copies of a feed-forward, which stays as it is, with noise as of `MoE.from_dense`."""
-    check_positive(num_experts=num_experts)
+    check_counts(num_experts=num_experts)
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
     copies = [deepcopy(ffn) for _ in range(num_experts)]

@@ -26,6 +26,34 @@ def test_recomputation_is_told_from_a_forward(use_reentrant):
     assert seen == [False, True]
 
 
+def test_the_end_of_a_recomputation_is_told_from_other_errors():
+    seen = []
+
+    def forward(x):
+        try:
+            return x.sin().cos()
+        except Exception as error:
+            seen.append(compat.ends_recomputation(error))
+            raise
+
+    checkpoint(forward, torch.ones(1, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [True]
+    assert not compat.ends_recomputation(ValueError())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_reentrant_checkpointing_is_seen_in_a_graph(use_reentrant):
+    y = checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=use_reentrant)
+    assert compat.is_reentrant_checkpoint(y.grad_fn) == use_reentrant
+
+
+def test_transforms_are_noticed():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(compat.is_transformed()) or x)(torch.ones(2))
+    assert seen == [True]
+    assert not compat.is_transformed()
+
+
 def test_what_may_be_derived():
     x, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
     assert compat.may_be_derived(x, leaf)

@@ -143,15 +143,69 @@ def test_a_block_needs_experts_that_keep_the_width():
         block(X)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [("policy_train", "always", "policy must be one of .*'always'"), ("capacity_factor_train", -1, "capacity_factor must be .* -1")],
-)
+NAN = float("nan")
+ASSIGNED = [
+    ("policy_train", "always", "policy_train must be one of .*'always'"),
+    ("policy_eval", None, "policy_eval must be one of .*None"),
+    ("priority", "x", "priority must be one of 'position', 'gate', got 'x'"),
+    ("capacity_factor_train", -1, "capacity_factor_train must be a positive number, got -1"),
+    ("capacity_factor_eval", NAN, "capacity_factor_eval must be a positive number, got nan"),
+    ("min_expert_capacity", -3, "min_expert_capacity must be a positive number, got -3"),
+    ("min_expert_capacity", 2.5, "min_expert_capacity must be a whole number, got 2.5"),
+    ("group_size", -4, "group_size must be a positive number, got -4"),
+    ("group_size", 0, "group_size must be a positive number, got 0"),
+    ("group_size", 2.5, "group_size must be a whole number, got 2.5"),
+    ("top_n", 5, "top_n must be at most the number of experts: a token cannot choose 5 of 4"),
+    ("top_n", 3, r"threshold_train must hold a number for each of top_n=3 choices, got shape \(2,\)"),
+    ("threshold_train", torch.tensor([1e-9, NAN]), r"threshold_train must lie in \[0, 1\], got .*nan.*reset_parameters\(\)"),
+    ("threshold_train", torch.tensor([1e-9, -1.0]), r"threshold_train must lie in \[0, 1\], got .*-1.0"),
+    ("threshold_train", torch.tensor([1e-9, 2.0]), r"threshold_train must lie in \[0, 1\], got .*2.0"),
+    ("threshold_train", torch.tensor([1e-9]), r"threshold_train must hold .* shape \(1,\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), ASSIGNED, ids=lambda value: str(value)[:30])
 def test_settings_assigned_later_are_checked_when_they_are_read(name, value, message):
     moe = MoE(8, 4)
     setattr(moe.gate, name, value)
     with pytest.raises(ValueError, match=message):
         moe(X)
+
+
+@pytest.mark.parametrize("name", ["balance_loss_coef", "router_z_loss_coef"])
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_weights_of_losses_are_finite(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, got {value}"):
+        MoE(8, 4, **{name: value})
+    moe = MoE(8, 4)
+    setattr(moe, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, got {value}"):
+        moe(X)
+
+
+def test_noise_has_a_finite_strength():
+    for run in (MoE(8, 4), MoE(8, 4).gate.route, SparseMoEBlock(MoE(8, 4))):
+        with pytest.raises(ValueError, match="noise_mult must be a finite number, got nan"):
+            run(X, True, NAN)
+
+
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (torch.full((2, 3, 2), 7.0), r"draws must lie in \[0, 1\], got numbers from 7.0 to 7.0"),
+        (torch.full((2, 3, 2), NAN), r"draws must lie in \[0, 1\], got numbers from nan"),
+        (torch.full((2, 3, 2), -0.1), r"draws must lie in \[0, 1\]"),
+        (torch.zeros(2, 3, 2, dtype=torch.int64), r"draws must be floating-point numbers in \[0, 1\], got torch.int64"),
+        (torch.zeros(2, 3, 3), r"draws must have shape \(2, 3, 2\)"),
+        (torch.zeros(2, 3, 2, device="meta"), "draws must be on x's device, cpu, got meta"),
+    ],
+)
+def test_draws_are_uniform_numbers(draws, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(8, 4)(torch.randn(2, 3, 8), draws=draws)
+    if not draws.is_meta:
+        with pytest.raises(ValueError, match=message):
+            MoE(8, 4).gate.decide(torch.randn(2, 3, 4), draws=draws)
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -21,7 +21,7 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 
 # imports only point up this list
 ORDER = [
-    *("checks", "compat", "topk", "losses", "layouts", "routing", "gate", "gating", "grouped", "layers"),
+    *("compat", "checks", "topk", "losses", "layouts", "routing", "gate", "gating", "grouped", "layers"),
     *("distributed.placement", "distributed.collectives", "distributed.agreement", "distributed.strategies", "distributed.exchange"),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from st_moe_pytorch.compat import is_recomputing
-from st_moe_pytorch.gate import Gate, is_dense
+from st_moe_pytorch.gate import LISTENERS, Gate, is_dense
 from st_moe_pytorch.moe import MoE
 from st_moe_pytorch.routing import Routing
 
@@ -27,43 +26,41 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
             model(x)
         routings["blocks.0.moe"][0].dropped
 
-    Nothing else changes, and gates stay without hooks. Layers that run again in the backward are not recorded again.
-    Compiled models are compiled once more for it. A gate that decides by dense tensors of its own leaves no record, with a warning.
+    Nothing else changes: layers tell what they do, and are not touched. Those are recorded that run in the thread that opened the block,
+    and not again where they run again in the backward. A gate outside of `MoE` is recorded under the name of what holds it. Compiled
+    models are compiled once more. Warns of layers of which nothing can be recorded, since their gates decide by dense tensors of their own,
+    and of a model without sparse layers.
     """
     gates = _gates(model)
+    if not gates:
+        warnings.warn(f"nothing is recorded of {type(model).__name__}, which has no sparse layers", stacklevel=3)
     records: dict[str, list[Routing]] = {name: [] for name in gates}
-    routes = {name: gate for name, gate in gates.items() if hasattr(gate, "route")}
-    assigned: dict[str, Any] = {name: vars(gate)["route"] for name, gate in routes.items() if "route" in vars(gate)}
-    for name, gate in routes.items():
-        gate.route = partial(_recorded, gate.route, records[name])  # a copy of the gate gets a copy, that calls its own route
+    deciders = {layer if layer is not None and not is_dense(gate) else gate: records[name] for name, (layer, gate) in gates.items()}
+
+    def listen(decider: nn.Module, routing: Routing) -> None:
+        for module, record in deciders.items():
+            if module is decider and not is_recomputing():
+                detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
+                record.append(routing._replace(**detached))
+
+    LISTENERS.of_decisions += (listen,)
     try:
         yield records
     finally:
-        for name, gate in routes.items():
-            del gate.route
-            if name in assigned:
-                gate.route = assigned[name]
-    if silent := [name or "the layer" for name, gate in gates.items() if is_dense(gate) and not records[name]]:
+        LISTENERS.of_decisions = tuple(other for other in LISTENERS.of_decisions if other is not listen)
+    if silent := [name or "the layer" for name, (_, gate) in gates.items() if is_dense(gate) and not records[name]]:
         warnings.warn(f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3)
 
 
-def _gates(model: nn.Module) -> dict[str, Any]:
-    """The gates of a model, under the names of their layers."""
-    gates: dict[str, Any] = {}
+def _gates(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
+    """The sparse layers of a model and their gates, and the gates of layers of another make, under the names of their layers."""
+    gates: dict[str, tuple[MoE | None, nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            gates[name] = module.gate
-        elif isinstance(module, Gate) and all(module is not gate for gate in gates.values()):
-            gates[name[:-4].removesuffix(".") if name.split(".")[-1] == "gate" else name] = module
+            gates[name] = module, module.gate
+        elif isinstance(module, Gate) and all(module is not gate for _, gate in gates.values()):
+            gates[name[:-4].removesuffix(".") if name.split(".")[-1] == "gate" else name] = None, module
     return gates
-
-
-def _recorded(route: Any, record: list[Routing], *args: Any, **kwargs: Any) -> Routing:
-    routing = route(*args, **kwargs)
-    if not is_recomputing():
-        detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
-        record.append(routing._replace(**detached))
-    return routing
 
 
 @dataclass(frozen=True)
