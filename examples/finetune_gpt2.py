@@ -10,14 +10,13 @@ Experts start as copies of the dense feed-forwards, so that training starts from
 import argparse
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import AuxLossTrainer, sparsify
 from st_moe_pytorch.tools.watch import record_routing, routing_stats, warn_of_collapse
 
 
@@ -34,16 +33,8 @@ class SparseGPT2(GPT2LMHeadModel):
         swap_in(self)
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(AuxLossTrainer, Trainer):
     """Trainer that adds the auxiliary losses of sparse layers to the loss."""
-
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        with collect_aux_losses() as aux:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        # where the loss is over the items of all accumulated batches, Trainer does not divide it by their number again
-        is_divided = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        loss = loss + aux.total / (self.current_gradient_accumulation_steps if is_divided else 1)
-        return (loss, outputs) if return_outputs else loss
 
 
 def windows(ids: Tensor, length: int) -> list[dict[str, Tensor]]:

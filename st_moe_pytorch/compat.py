@@ -1,6 +1,7 @@
-"""Names of torch that are not public, each in one function. A test of each fails when torch changes it."""
+"""Names of torch, and one of transformers, that are not public, each in one function. A test of each fails when it changes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -75,6 +76,20 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 def group_named(name: str) -> Any:
     """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have a model of transformers, which initialises what a checkpoint lacks module by module, call reset_parameters of these kinds."""
+    if hasattr(type(model), "_init_weights"):
+        vars(model)["_init_weights"] = partial(_init_weights, model, kinds)  # a copy of the model gets one of its own
+
+
+def _init_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], module: nn.Module) -> None:
+    if isinstance(module, kinds):
+        module.reset_parameters()  # pyright: ignore[reportCallIssue]
+    else:
+        cls: Any = type(model)
+        cls._init_weights(model, module)
 
 
 def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:

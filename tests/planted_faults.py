@@ -404,8 +404,8 @@ FAULTS = [
     Fault(
         "layers that run again in the backward count again",
         "tools/swap.py",
-        "and self.training and not is_recomputing()",
-        "and self.training",
+        "        if is_recomputing():\n            return\n",
+        "",
         "test_swap.py::test_backward_inside_the_block_counts_recomputed_layers_once",
     ),
     Fault(
@@ -418,8 +418,8 @@ FAULTS = [
     Fault(
         "a shared feed-forward becomes several layers",
         "tools/swap.py",
-        "model.set_submodule(name, layers[id(module)])",
-        "model.set_submodule(name, _in_place_of(module, make(module)))",
+        "        if first not in layers:\n",
+        "        if True:\n",
         "test_swap.py::test_a_shared_layer_counts_once_for_each_call",
     ),
     Fault(

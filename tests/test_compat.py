@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import compat
+from st_moe_pytorch import RMSNorm, compat
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -52,6 +52,22 @@ def test_transforms_are_noticed():
     torch.func.vmap(lambda x: seen.append(compat.is_transformed()) or x)(torch.ones(2))
     assert seen == [True]
     assert not compat.is_transformed()
+
+
+def test_models_of_transformers_initialise_our_modules_too():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    model = transformers.GPT2LMHeadModel(config)
+    model.transformer.extra = RMSNorm(4)
+    compat.initialize_with(model.transformer, (RMSNorm,))
+    compat.initialize_with(nn.Linear(2, 2), (RMSNorm,))
+    nn.init.zeros_(model.transformer.extra.gamma)
+    nn.init.zeros_(model.transformer.wte.weight)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+    assert (model.transformer.extra.gamma == 1).all()
+    assert model.transformer.wte.weight.std() > 0
 
 
 def test_what_may_be_derived():

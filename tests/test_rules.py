@@ -25,7 +25,7 @@ ORDER = [
     *("distributed.placement", "distributed.collectives", "distributed.agreement", "distributed.strategies", "distributed.exchange"),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),
-    *("tools.upcycle", "tools.watch", "tools.swap", "tools.plan", "tools.audit", "tools.pictures", "tools"),
+    *("tools.upcycle", "tools.watch", "tools.find", "tools.swap", "tools.plan", "tools.audit", "tools.pictures", "tools"),
     "st_moe_pytorch",
 ]
 

@@ -1,12 +1,14 @@
 """Swapping feed-forwards of any model, and collecting the auxiliary losses, against the same layers called by hand."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify, swapped
 
 DIM = 16
 
@@ -80,14 +82,17 @@ X = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().man
 COTANGENT = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("where", ["layers.*.mlp", "*.mlp", Feed, (Feed, nn.Conv1d)], ids=["pattern", "shorter pattern", "type", "types"])
+WHERE = {"pattern": "layers.*.mlp", "shorter pattern": "**.mlp", "parts": ("**.mlp",), "type": Feed, "types": (Feed, nn.Conv1d)}
+
+
+@pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
 def test_chosen_modules_become_sparse_layers_of_their_own(where):
     model = Model()
     assert sparsify(model, where, make) is model
     layers = [layer.mlp for layer in model.layers]
     assert all(type(layer) is SparseFeedForward for layer in layers)
     assert len({id(layer.moe) for layer in layers}) == 3
-    assert torch.is_tensor(model(X.float()))
+    assert swapped(model) == {f"layers.{number}.mlp": layer.moe for number, layer in enumerate(layers)}
     outputs, _ = by_hand(model.eval(), X.float())
     assert torch.equal(model(X.float()), outputs)
 
@@ -95,7 +100,7 @@ def test_chosen_modules_become_sparse_layers_of_their_own(where):
 def test_some_layers_only_and_the_outermost_of_nested_ones():
     model = sparsify(Model(), "layers.[02].*", make)
     assert [type(layer.norm) for layer in model.layers] == [SparseFeedForward, nn.LayerNorm, SparseFeedForward]
-    model = sparsify(Model(), "*.mlp*", make)
+    model = sparsify(Model(), "layers.*.mlp.**", make)
     assert all(type(layer.mlp) is SparseFeedForward for layer in model.layers)
 
 
@@ -108,7 +113,7 @@ def test_layers_keep_device_dtype_and_mode():
 
 
 def test_make_gets_what_it_replaces():
-    model = Model().double()
+    model = Model().double().eval()
     expected = model(X)
     sparsify(model, Feed, lambda ffn: MoE.from_dense(ffn, DIM, 4))
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
@@ -116,7 +121,9 @@ def test_make_gets_what_it_replaces():
 
 def test_nothing_is_changed_when_the_call_is_wrong():
     model = Model()
-    with pytest.raises(ValueError, match=r"where must match modules of the model, got '\*.ffn'; there are layers, layers.0, .*mlp"):
+    with pytest.raises(
+        ValueError, match=r"where must match modules of the model, got '\*.ffn'; there are layers.\*.norm, layers.\*.mlp, .*, layers"
+    ):
         sparsify(model, "*.ffn", make)
     made = iter([make(), nn.Linear(DIM, DIM)])
     with pytest.raises(ValueError, match="make must return an MoE or a SparseMoEBlock, got Linear"):
@@ -188,7 +195,8 @@ def test_evaluation_adds_nothing_and_nothing_stays_behind():
     with collect_aux_losses() as aux:
         model.eval()(X)
     assert aux.total == 0
-    model.train()(X)
+    with collect_aux_losses():
+        model.train()(X)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert aux.total == 0
 
@@ -206,8 +214,53 @@ def test_blocks_can_be_nested_and_end_with_errors():
         with collect_aux_losses() as broken:
             raise KeyError
     except KeyError:
-        model(X)
+        with pytest.warns(UserWarning, match="trained without its balance loss and router z-loss"):
+            model(X)
     assert broken.total == 0
+
+
+def run_threads(work, number=8):
+    errors = []
+
+    def run(place):
+        try:
+            work(place)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_collect_their_own_losses():
+    models = [sparse(layers=1) for _ in range(8)]
+    xs = [X * (1 + place) for place in range(8)]
+    totals = [by_hand(model, x)[1].item() for model, x in zip(models, xs, strict=True)]
+    assert len(set(totals)) == 8
+
+    def work(place):
+        for _ in range(20):
+            with collect_aux_losses() as aux:
+                models[place](xs[place])
+            assert aux.total.item() == pytest.approx(totals[place], rel=1e-6)
+
+    run_threads(work)
+    with pytest.warns(UserWarning, match="add aux.total to the loss"):  # nobody collects any more
+        models[0](X)
+
+
+def test_training_without_the_losses_warns_and_nothing_else_does():
+    model = sparse()
+    with pytest.warns(UserWarning, match="trained without its balance loss and router z-loss: run the model inside"):
+        model(X)
+    with torch.no_grad():
+        model(X)
+    model.eval()(X)
 
 
 def test_mask_reaches_the_layer_of_models_that_pass_one():

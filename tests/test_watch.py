@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import threading
 import warnings
 from copy import deepcopy
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch.gate import LISTENERS
 from st_moe_pytorch.tools.watch import RoutingStats, record_routing, routing_stats, warn_of_collapse, write_scalars
 
 
@@ -91,6 +93,71 @@ def test_copies_made_while_recording_route_by_their_own_weights():
         torch.manual_seed(0)
         assert torch.equal(copied(x)[0], expected)
     assert not any(records.values())
+
+
+def test_copies_made_while_recording_are_not_recorded():
+    model = Model()
+    with record_routing(model) as records:
+        copied = deepcopy(model)
+        copied(torch.randn(3, 12, 8))
+        model(torch.randn(3, 12, 8))
+    copied(torch.randn(3, 12, 8))
+    assert {name: len(routings) for name, routings in records.items()} == {"first": 1, "blocks.0.moe": 1}
+
+
+def test_threads_and_models_record_their_own_calls():
+    torch.manual_seed(0)
+    shared, own = Model().eval(), [Model().eval() for _ in range(4)]
+    errors = []
+
+    def work(place):
+        try:
+            for _ in range(10):
+                x = torch.randn(place + 1, 12, 8)
+                with record_routing(shared) as records, record_routing(own[place]) as mine:
+                    shared(x)
+                    own[place](x)
+                for name, routings in (*records.items(), *mine.items()):
+                    assert [routing.indices.shape[0] for routing in routings] == [place + 1], name
+                assert not torch.equal(records["first"][0].logits, mine["first"][0].logits)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    assert LISTENERS.of_decisions == ()
+
+
+def test_records_of_layers_that_share_a_gate_and_of_gates_in_layers_of_another_make():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = TopNGating(8, 4)
+
+        def forward(self, x):
+            return self.router.route(x).combine(torch.zeros(3, 4, self.router.route(x).capacity, 8))
+
+    gate = TopNGating(8, 4)
+    model = nn.ModuleDict({"a": MoE(8, 4, gate=gate), "b": MoE(8, 4, gate=gate), "own": Own()})
+    with record_routing(model) as records:
+        model["a"](torch.randn(3, 12, 8))
+        model["own"](torch.randn(3, 12, 8))
+    assert {name: len(routings) for name, routings in records.items()} == {"a": 1, "b": 0, "own.router": 2}
+
+
+def test_a_model_without_sparse_layers_and_statistics_of_nothing_warn():
+    with (
+        pytest.warns(UserWarning, match="nothing is recorded of Linear, which has no sparse layers"),
+        record_routing(nn.Linear(2, 2)) as records,
+    ):
+        pass
+    assert records == {}
+    with pytest.warns(UserWarning, match="stats must hold figures of a layer to tell of a collapse, got none"):
+        assert warn_of_collapse({}) == []
 
 
 def test_layers_that_run_again_in_the_backward_are_recorded_once():

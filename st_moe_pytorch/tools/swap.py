@@ -7,15 +7,22 @@ with collect_aux_losses() as aux:
 (loss + aux.total).backward()
 """
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.compat import is_recomputing
+from st_moe_pytorch.compat import initialize_with, is_recomputing
+from st_moe_pytorch.experts import Experts
+from st_moe_pytorch.gate import RouterLinear
+from st_moe_pytorch.gating import TopNGating
+from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
+from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest, refuse_misfit
 
 
 class AuxLosses:
@@ -26,82 +33,155 @@ class AuxLosses:
         self.total: Tensor = torch.zeros((), requires_grad=torch.is_grad_enabled())
 
 
-_collecting: AuxLosses | None = None
+class _Collecting(threading.local):
+    """The innermost block of this thread, if any."""
+
+    losses: AuxLosses | None = None
+
+
+_COLLECTING = _Collecting()
 
 
 @contextmanager
 def collect_aux_losses() -> Iterator[AuxLosses]:
-    """Collect the auxiliary losses of all swapped-in layers that run inside, in any model; add ``total`` to the loss.
+    """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model; add ``total`` to the loss.
 
     Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers that run again in the backward, for
     activation checkpointing, are not counted again. In evaluation the total is 0. Of nested blocks, the innermost collects.
     """
-    global _collecting
-    before, _collecting = _collecting, AuxLosses()
+    before, losses = _COLLECTING.losses, AuxLosses()
+    _COLLECTING.losses = losses
     try:
-        yield _collecting
+        yield losses
     finally:
-        _collecting = before
+        _COLLECTING.losses = before
+
+
+class AuxLossTrainer:
+    """Adds the auxiliary losses to the loss of transformers' Trainer: ``class SparseTrainer(AuxLossTrainer, Trainer): pass``."""
+
+    def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        with collect_aux_losses() as aux:
+            loss, outputs = super().compute_loss(  # pyright: ignore[reportAttributeAccessIssue] - of the Trainer
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        # where the loss is over the items of all accumulated batches, Trainer does not divide it by their number again
+        is_divided = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        loss = loss + aux.total.to(loss.device) / (self.current_gradient_accumulation_steps if is_divided else 1)
+        return (loss, outputs) if return_outputs else loss
 
 
 class SparseFeedForward(nn.Module):
     """A sparse layer in place of a feed-forward, from tensor to tensor. Its auxiliary loss goes to `collect_aux_losses`."""
 
-    def __init__(self, moe: MoE | SparseMoEBlock) -> None:
+    def __init__(self, moe: MoE | SparseMoEBlock, name: str = "") -> None:
         super().__init__()
         self.moe = moe
+        self.name = name or type(self).__name__
+        self.dim: int = moe.dim if isinstance(moe, MoE) else moe.moe.dim
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed as tokens are."""
+    def forward(self, x: Tensor, *others: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
+        """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed as tokens are.
+
+        What else the model hands to its feed-forwards has to be None.
+        """
+        given = [f"argument {place}" for place, other in enumerate(others, 2) if other is not None]
+        if given := given + [name for name, other in named.items() if other is not None]:
+            raise ValueError(f"{self.name}: a sparse layer takes tokens and mask=, but its model gives it {', '.join(given)} too")
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"{self.name}: x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         outputs, aux_loss, _, _ = self.moe(x, **given_only(mask=mask))
-        losses = _collecting
-        if losses is not None and self.training and not is_recomputing():
-            if losses.total.requires_grad and not torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients in a training step; "
-                    "if this is activation checkpointing, choose the kind that keeps them: use_reentrant=False"
-                )
-            losses.total = losses.total + aux_loss
+        if outputs.shape != x.shape:
+            raise ValueError(f"{self.name}: experts must keep the width of a feed-forward, {self.dim}, got {outputs.shape[-1]}")
+        if self.training:
+            self._hand_over(aux_loss)
         return outputs
 
+    def extra_repr(self) -> str:
+        return f"in place of {self.name}"
 
-def sparsify(
-    model: nn.Module, where: str | type[nn.Module] | tuple[type[nn.Module], ...], make: Callable[[nn.Module], MoE | SparseMoEBlock]
-) -> nn.Module:
-    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place.
-
-    where: which modules are swapped: a pattern of their names as of a shell, such as "encoder.layers.*.mlp", or their type(s).
-        Of modules inside each other, the outermost is swapped.
-    make: builds the layer for one of them, which it gets. The layer moves to its device, dtype and mode. A feed-forward
-        that is shared gets one layer, as shared.
-
-    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found or if
-    what is found is sparse already.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        is_match = fnmatchcase(name, where) if isinstance(where, str) else isinstance(module, where)
-        if name and is_match and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    if not found:
-        raise ValueError(f"where must match modules of the model, got {where!r}; there are {', '.join(filter(None, modules))}")
-    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
-    for name, module in found.items():
-        if name.startswith(experts) or any(isinstance(inner, MoE) for inner in module.modules()):
-            raise ValueError(
-                f"where must match dense feed-forwards, got {where!r}, but {name} is sparse already, or part of a sparse layer"
+    def _hand_over(self, aux_loss: Tensor) -> None:
+        losses = _COLLECTING.losses
+        if losses is None:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_recomputing():
+                warnings.warn(
+                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run the model inside "
+                    "`with collect_aux_losses() as aux:` and add aux.total to the loss",
+                    stacklevel=3,
+                )
+            return
+        if is_recomputing():
+            return
+        if losses.total.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients in a training step; "
+                "if this is activation checkpointing, choose the kind that keeps them: use_reentrant=False"
             )
-    layers = {id(module): _in_place_of(module, make(module)) for module in {id(module): module for module in found.values()}.values()}
-    for name, module in found.items():
-        model.set_submodule(name, layers[id(module)])
+        losses.total = losses.total.to(aux_loss.device) + aux_loss
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoEBlock]) -> M:
+    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place. `swapped` tells of which.
+
+    where: which modules are swapped. A pattern of their names, such as "encoder.layers.*.mlp", where * is one name between dots or a part
+        of one, and ** any number of names; or their type, or a tuple of types. Of modules inside each other, the outermost is swapped.
+        A feed-forward whose parts the model runs itself is a tuple of patterns, one for each part in order, such as
+        ("bert.encoder.layer.*.intermediate", "bert.encoder.layer.*.output.dense"): the first part is swapped, the others pass on.
+        `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`, by type or name, get their feed-forwards swapped.
+    make: builds the layer for one of them, which it gets, several parts as one `nn.Sequential`. The layer moves to its device, dtype and
+        mode. A feed-forward that is shared gets one layer, as shared.
+
+    Models of transformers initialise in the layers what a checkpoint lacks. To start from a dense checkpoint, load it before the swap.
+
+    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found, if what
+    is found is sparse already, or if it is seen to map otherwise; what is not seen, the layer says by name in its first forward.
+    """
+    found = feed_forwards(model, where)
+    if not found:
+        raise ValueError(f"where must match modules of the model, got {where!r}; there are {nearest(model, where)}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[nn.Module | None, SparseFeedForward] = {}
+    for feed_forward in found:
+        first = modules.get(feed_forward.names[0])
+        if first not in layers:
+            layers[first] = _in_place_of(feed_forward, make(feed_forward.module))
+    for feed_forward in found:
+        first, *others = feed_forward.names
+        model.set_submodule(first, layers[modules.get(first)])
+        for name in others:
+            parent, _, part = name.rpartition(".")
+            setattr(modules[parent], part, nn.Identity())
+        while first:
+            first = first.rpartition(".")[0]
+            _make_known_to(modules[first])
     return model
 
 
-def _in_place_of(module: nn.Module, moe: MoE | SparseMoEBlock) -> SparseFeedForward:
+def _make_known_to(outer: nn.Module) -> None:
+    """Have a module around a sparse layer treat it rightly, where it deals with all that is inside by itself."""
+    initialize_with(outer, (RouterLinear, TopNGating, Experts, Expert, GEGLU, RMSNorm))
+    # in evaluation, torch's own layers compute with the parameters of parts that they know, unless these say otherwise
+    if isinstance(outer, nn.TransformerEncoderLayer):
+        outer.activation_relu_or_gelu = 0
+    if isinstance(outer, nn.TransformerEncoder):
+        outer.use_nested_tensor = False
+
+
+def swapped(model: nn.Module) -> dict[str, MoE | SparseMoEBlock]:
+    """The sparse layers that stand in place of feed-forwards, by the names of these."""
+    return {name: module.moe for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}
+
+
+def _in_place_of(feed_forward: FeedForward, moe: MoE | SparseMoEBlock) -> SparseFeedForward:
     """The layer, as the module was: on its device, in its dtype and mode."""
     if not isinstance(moe, MoE | SparseMoEBlock):
         raise ValueError(f"make must return an MoE or a SparseMoEBlock, got {type(moe).__name__}")
-    layer = SparseFeedForward(moe).train(module.training)
+    module = feed_forward.module
+    layer = SparseFeedForward(moe, str(feed_forward))
+    refuse_misfit(feed_forward, layer.dim)
+    layer.train(module.training)
     like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
     return layer if like is None else layer.to(device=like.device, dtype=like.dtype)

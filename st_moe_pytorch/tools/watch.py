@@ -189,6 +189,8 @@ def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0
 
     Layers that got fewer than ten tokens for each expert are passed over: their load says little.
     """
+    if not stats:
+        warnings.warn("stats must hold figures of a layer to tell of a collapse, got none", stacklevel=2)
     collapsed = []
     for layer, counted in stats.items():
         load, experts = counted.load(), len(counted.asked)
