@@ -137,6 +137,12 @@ def test_bad_experts(modules, message, layout):
         experts(torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)) if layout == "rows" else experts(torch.randn(2, 2, 3, 8))
 
 
+def test_all_widths_of_experts_are_compared():
+    experts = Experts([nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(8, 8)])
+    with pytest.raises(ValueError, match=r"experts must have outputs of equal width, got widths \[8, 6, 8\]"):
+        experts(torch.randn(6, 8), torch.tensor([3, 3, 6], dtype=torch.int32))
+
+
 def test_a_block_needs_experts_that_keep_the_width():
     block = SparseMoEBlock(MoE(8, 2, experts=[nn.Linear(8, 6), nn.Linear(8, 6)]))
     with pytest.raises(ValueError, match=r"experts must keep the width of 8 in a block.* got 6"):
@@ -219,4 +225,10 @@ def test_a_state_dict_for_another_top_n_is_refused_before_anything_is_loaded(kin
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(RuntimeError, match=r"threshold_train .*\(3,\).*top_n=2: build it with top_n=3"):
         layer.load_state_dict(other.state_dict(), strict=strict)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+    name = next(name for name in before if name.endswith("threshold_eval"))
+    state = build(2).state_dict() | {name: torch.zeros(4)}
+    with pytest.raises(RuntimeError, match=r"threshold_eval .*\(4,\).*top_n=2: build it with top_n=4"):
+        layer.load_state_dict(state, strict=strict)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())

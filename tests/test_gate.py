@@ -103,6 +103,20 @@ def test_decisions_on_logits_are_those_on_tokens(settings):
     assert again.router_z_loss == noised.router_z_loss == routed.router_z_loss
 
 
+def test_the_dense_tensors_are_those_of_a_route_with_the_same_arguments():
+    gate = TopNGating(6, 4, threshold_train=1.0, capacity_factor_train=None)
+    x, features = torch.randn(2, 2, 9, 6)
+    draws, mask = torch.rand(2, 9, 2), torch.rand(2, 9) < 0.8
+    given = {"mask": mask, "route_by": features, "draws": draws}
+    dense, routing = gate(x, **given), gate.route(x, **given)
+    wanted = torch.zeros(2, 9, 4, 9)
+    for b, n, k in routing.kept.nonzero().tolist():
+        wanted[b, n, routing.indices[b, n, k], routing.slots[b, n, k]] = routing.gates[b, n, k]
+    assert torch.equal(dense.combine_tensor, wanted)
+    assert torch.equal(dense.dispatch_tensor, (wanted > 0).float())
+    assert dense.balance_loss == routing.balance_loss
+
+
 @pytest.mark.parametrize("shape", [(2, 9, 6), (9, 6), (2, 3, 3, 6)])
 @pytest.mark.parametrize("kind", [MoE, SparseMoEBlock])
 def test_draws_of_a_forward_reach_the_gate(kind, shape):

@@ -2,15 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_close, assignments, gradients
+from specification import logsumexp, softmax
 from specification import route as specified_route
+from torch import nn
 
 from st_moe_pytorch import TopNGating
 from st_moe_pytorch.routing import expert_capacity
+from st_moe_pytorch.topk import topk
 
 POLICIES = ("all", "none", "threshold", "random")
 
@@ -127,6 +131,14 @@ def test_equal_certainty_is_served_in_order_of_position():
     assert routing.kept.flatten().tolist() == [False, True, False, False]
 
 
+def test_equal_certainty_of_many_tokens_is_served_in_order_of_position():
+    """A sort that is not stable keeps the order of a few."""
+    certainty = torch.randint(1, 4, (100,))
+    logits = torch.stack((certainty, torch.zeros(100)), dim=-1)[None].double()
+    slots = transparent_gate(2, top_n=1, priority="gate", capacity_factor_train=None).route(logits).slots
+    assert slots.flatten().argsort().tolist() == sorted(range(100), key=lambda n: -certainty[n])
+
+
 @pytest.mark.parametrize(
     ("b", "n", "group_size", "groups"), [(2, 12, 8, (3, 8)), (4, 6, 24, (1, 24)), (3, 5, 4, (3, 5)), (2, 3, 100, (1, 6))]
 )
@@ -151,6 +163,9 @@ def test_a_group_size_that_divides_badly_warns():
     gate = transparent_gate(4, group_size=8)
     with pytest.warns(UserWarning, match="groups have 1 tokens"):
         assert gate.route(torch.randn(1, 17, 4, dtype=torch.float64)).groups == (17, 1)
+    # half the size asked for is no reason yet
+    gate.group_size = 2
+    assert gate.route(torch.randn(1, 17, 4, dtype=torch.float64)).groups == (17, 1)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +178,18 @@ def test_a_group_size_that_divides_badly_warns():
         (16, 4, None, 4, 16),
         (2, 4, None, 4, 2),
         (16, 16, 1, 1, 1),
+        (35, 6, 1.2, 1, 7),  # 6 if tokens were divided first
     ],
 )
 def test_capacity(tokens, experts, factor, least, capacity):
     assert expert_capacity(tokens, experts, factor, least) == capacity
+
+
+def test_capacity_is_that_of_the_mode_and_of_the_length_at_hand():
+    gate = transparent_gate(4, capacity_factor_train=1, capacity_factor_eval=3, min_expert_capacity=1)
+    for n in (16, 8, 40):
+        x = torch.randn(1, n, 4, dtype=torch.float64)
+        assert [gate.train(training).route(x).capacity for training in (True, False)] == [n // 4, 3 * n // 4]
 
 
 def test_random_policy_asks_in_proportion_to_the_gate():
@@ -179,6 +202,19 @@ def test_random_policy_asks_in_proportion_to_the_gate():
         spread = math.sqrt(trials * probability * (1 - probability))
         assert abs(routing.asked[0, :, rank].sum() - trials * probability) < 4.5 * spread
     assert routing.asked[..., 0].all()
+
+
+def test_a_gate_equal_to_the_threshold_and_a_draw_equal_to_its_share_ask_for_nothing():
+    gate, half = TopNGating(2, 2, policy_train="threshold", threshold_train=0.5), torch.tensor(0.5)
+    less, more = (half.nextafter(torch.tensor(end)) for end in (0.0, 1.0))
+    x = torch.zeros(1, 3, 2)
+    assert (gate.route(x).gates == half).all()
+    assert not gate.route(x).asked[..., 1].any()
+    gate.threshold_train[1] = less
+    assert gate.route(x).asked.all()
+    gate.policy_train, gate.threshold_train[1] = "random", 1.0
+    draws = torch.stack([less, half, more]).view(1, 3, 1).expand(1, 3, 2)
+    assert gate.route(x, draws=draws).asked[0, :, 1].tolist() == [True, False, False]
 
 
 def test_fresh_draws_fill_the_choices_in_memory_order():
@@ -227,12 +263,46 @@ def test_noise_changes_the_routing_by_the_gumbel_distribution_and_not_the_z_loss
     assert torch.equal(gate.route(logits, noise_mult=3.0).gates, clean.gates)
 
 
+def test_noised_logits_decide_and_are_balanced():
+    clean, noised = torch.randn(2, 3, 9, 4, dtype=torch.float64)
+    draws, mask = torch.rand(3, 9, 2, dtype=torch.float64), torch.rand(3, 9) < 0.8
+    gate = transparent_gate(4, threshold_train=0.5)
+    routing = gate.decide(clean, mask=mask, draws=draws, noised=noised)
+    expected = specified_route(
+        noised.numpy(),
+        draws.movedim(-1, 0).numpy(),
+        2,
+        0.5,
+        "random",
+        routing.capacity,
+        mask.double().numpy(),
+        balance_denominator="real",
+    )
+    wanted = [[[(e, s) for e, s, _ in token] for token in group] for group in expected.assignments]
+    assert assignments(routing) == wanted
+    assert_close(routing.balance_loss, torch.tensor(expected.balance_loss, dtype=torch.float64))
+    z = np.mean([logsumexp(row) ** 2 for row in clean[mask].numpy()])
+    assert_close(routing.router_z_loss, torch.tensor(z, dtype=torch.float64))
+
+
 def test_route_by_decides_instead_of_x():
     gate = transparent_gate(4, top_n=2, policy_train="all")
     x, features = torch.randn(2, 2, 6, 4, dtype=torch.float64)
     actual, expected = gate.route(x, route_by=features), gate.route(features)
     assert torch.equal(actual.logits, expected.logits)
     assert torch.equal(actual.slots, expected.slots)
+
+
+def test_route_by_gets_its_gradient_and_its_padding_may_hold_anything():
+    gate = transparent_gate(4, policy_train="all")
+    x, features, cotangent = torch.randn(3, 2, 6, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1]]).bool().unsqueeze(-1)
+    nn.init.normal_(gate.to_gates.weight)
+    spoiled = features.masked_fill(~mask, torch.nan).requires_grad_()
+    logits = gate.route(x, mask=mask.squeeze(-1), route_by=spoiled).logits
+    of_features, of_weight = gradients(logits, cotangent, [spoiled, gate.to_gates.weight])
+    assert_close(of_features, (cotangent @ gate.to_gates.weight) * mask)
+    assert_close(of_weight, (cotangent * mask).flatten(0, 1).T @ (features * mask).flatten(0, 1))
 
 
 def test_padding_may_hold_anything():
@@ -275,6 +345,15 @@ def test_half_precision_is_routed_in_float32(dtype):
     assert_close(routing.logits, expected, 1e-6)
 
 
+def test_a_router_of_another_make_may_work_in_half_precision():
+    gate, linear = TopNGating(8, 4), nn.Linear(8, 4, bias=False).bfloat16()
+    gate.to_gates = linear
+    x = torch.randn(2, 16, 8, dtype=torch.bfloat16)
+    routing = gate.route(x)
+    assert routing.logits.dtype == routing.gates.dtype == routing.balance_loss.dtype == torch.float32
+    assert torch.equal(routing.logits, linear(x).float())
+
+
 def test_autocast_does_not_reach_the_router():
     gate = TopNGating(8, 4, policy_train="all")
     x = torch.randn(2, 16, 8)
@@ -295,6 +374,43 @@ def test_differentiable_topk_gives_coordinate_descent_gates(fused):
     assert_close(routing.gates, selected / (selected.sum(-1, keepdim=True) + gate.eps))
     # every expert's logit moves the gates, not only those of the chosen ones
     assert (gradients(routing.gates, torch.randn_like(routing.gates), [x])[0].abs() > 1e-12).all()
+
+
+def selection(scores, k):
+    """Coordinate descent of one list of scores: 20 steps with eps 0.1, for 9/8 of the winners or all experts."""
+    a, b = 0.0, -scores
+    for _ in range(20):
+        a = 0.1 * (np.log(min(k * 9 / 8, len(scores))) - logsumexp((scores + b) / 0.1))
+        b = -np.maximum(scores + a, 0)
+    return np.exp((scores + a + b) / 0.1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_coordinate_descent_of_scores_of_any_sign_and_for_all_experts(k, fused):
+    scores = torch.tensor([[0.3, -1.0, 0.2], [-1.0, -2.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    best = topk(scores, k, differentiable=True, fused=fused)
+    selected = np.stack([selection(row, k) for row in scores.detach().numpy()])
+    assert_close(best.coor_descent_values, torch.from_numpy(selected).gather(-1, best.indices))
+    # values carry the gradient of the selection, as if they were multiplied by it and divided again
+    cotangent = torch.randn(2, k, dtype=torch.float64)
+    through = gradients(best.coor_descent_values, cotangent * best.values.detach(), [scores])[0]
+    own = torch.zeros(2, 3, dtype=torch.float64).scatter(-1, best.indices, cotangent)
+    assert k > 1 or through.abs().max() > 1e-3
+    assert_close(gradients(best.values, cotangent, [scores])[0], own + through)
+
+
+def test_the_only_gate_of_a_differentiable_topk_is_the_selection():
+    x = torch.randn(1, 6, 4, dtype=torch.float64)
+    gates = transparent_gate(4, top_n=1, differentiable_topk=True).route(x).gates
+    expected = [selection(softmax(row), 1).max() for row in x[0].numpy()]
+    assert_close(gates.flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_token_that_is_certain_chooses_other_experts_after_its_first():
+    routing = TopNGating(4, 4, top_n=3, policy_train="all").decide(torch.tensor([[[0.0, 200.0, 0.0, 0.0]]]))
+    assert routing.gates.tolist() == [[[1, 0, 0]]]
+    assert routing.indices.tolist() == [[[1, 0, 2]]]
 
 
 def test_fused_coordinate_descent_keeps_fewer_iterates():

@@ -70,6 +70,81 @@ def test_straight_through_is_the_derivative_of_scaling_by_one(layout):
         for got, wanted in zip(mine, theirs, strict=True):
             assert_close(got, wanted)
 
+    assert_close(*(jacrev(jacfwd(f, 0), 1)(x, gates) for f in (dispatched, scaled)))
+
+
+def combined_by_indexing(y, gates, table):
+    """Rows summed into tokens (N d) by nothing but plain indexing."""
+    return (y[table.places] * gates.flatten(0, 1).unsqueeze(-1)).sum(1)
+
+
+def rows_for(table, width=3, dtype=torch.float64):
+    """Results of experts, that of nobody zero."""
+    y = torch.randn(len(table.choices), width, dtype=dtype)
+    y[-1] = 0
+    return y
+
+
+@pytest.mark.parametrize("layout", ["rows", "buffers"])
+def test_second_derivatives_of_a_sum_whose_cotangent_needs_none(layout):
+    routing, _ = routing_of(3)
+    table = getattr(routing, layout)()
+    y, gates = rows_for(table).requires_grad_(), routing.gates.detach().requires_grad_()
+    cotangent, of_y, of_gates = torch.randn(14, 3, dtype=torch.float64), rows_for(table), torch.randn_like(gates)
+
+    def second(total):
+        dy, dgates = torch.autograd.grad((total * cotangent).sum(), (y, gates), create_graph=True)
+        dy, dgates = torch.autograd.grad((dy * of_y).sum() + (dgates * of_gates).sum(), (y, gates))
+        return dy[:-1], dgates
+
+    combined = routing._replace(gates=gates).combine(y, table).view(14, 3)
+    for got, wanted in zip(second(combined), second(combined_by_indexing(y, gates, table)), strict=True):
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 1), (2, 2)])
+def test_many_sums_at_a_time_are_the_sums_one_by_one(in_dims):
+    routing, _ = routing_of(3)
+    table = routing.rows()
+    ys, all_gates = (torch.stack([rows_for(table) for _ in range(4)]), torch.rand(4, 2, 7, 3, dtype=torch.float64))
+    batches = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip((ys, all_gates), in_dims, strict=True)]
+    combined = torch.func.vmap(lambda y, gates: routing._replace(gates=gates).combine(y, table), in_dims)(*batches)
+    for i, one in enumerate(combined):
+        y, gates = (t[0 if dim is None else i] for t, dim in zip((ys, all_gates), in_dims, strict=True))
+        assert_close(one.flatten(0, 1), combined_by_indexing(y, gates, table))
+
+
+@pytest.mark.parametrize("layout", ["rows", "buffers"])
+@pytest.mark.parametrize(
+    ("dtype", "of_gates"),
+    [(torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float64)],
+)
+def test_results_are_weighted_in_the_wider_dtype_of_theirs_and_the_gates(dtype, of_gates, layout):
+    routing, _ = routing_of(3)
+    table = getattr(routing, layout)()
+    y, gates = rows_for(table, dtype=dtype).requires_grad_(), routing.gates.detach().to(of_gates).requires_grad_()
+    combined = routing._replace(gates=gates).combine(y, table).flatten(0, 1)
+    assert combined.dtype == torch.promote_types(dtype, of_gates)
+    wide_y, wide_gates = y.detach().double(), gates.detach().double().requires_grad_()
+    expected, cotangent = combined_by_indexing(wide_y, wide_gates, table), torch.randn(14, 3)
+    rtol = 1e-12 if combined.dtype == torch.float64 else 1e-6
+    assert_close(combined.double(), expected, rtol)
+    (gradient,) = gradients(combined, cotangent, [gates])
+    (wanted,) = gradients(expected, cotangent.double(), [wide_gates])
+    assert_close(gradient.double(), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_forward_mode_keeps_the_dtype_of_rows(dtype):
+    routing, x = routing_of(2)
+    table, tangent = routing.rows(), torch.randn_like(routing.gates).float()
+    x, gates = x.to(dtype), routing.gates.detach().float()
+    rows, drows = torch.func.jvp(lambda gates: routing._replace(gates=gates).dispatch(x, table), (gates,), (tangent,))
+    assert rows.dtype == drows.dtype == dtype
+    sent = table.choices[: table.offsets[-1]]
+    expected = x.flatten(0, 1).double()[sent // 2] * tangent.flatten().double()[sent, None]
+    assert_close(drows[: len(sent)].double(), expected, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+
 
 def test_each_map_is_the_others_adjoint():
     routing, x = routing_of(2, straight_through=False)
@@ -95,6 +170,19 @@ def test_filled_slots_hold_copies_of_kept_tokens_and_change_no_gradient():
     cotangent = torch.randn_like(rows)
     got, wanted = (gradients(routing.dispatch(x, table), cotangent, [x])[0] for table in (filled, plain))
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kept", [1, 5])
+def test_empty_slots_hold_no_padding_whatever_slot_and_token_they_are(kept):
+    # the first expert has no token, and the first and the last token are padding
+    logits = torch.randn(1, kept + 2, 5).index_fill(-1, torch.tensor(0), -99)
+    mask = torch.tensor([[False] + [True] * kept + [False]])
+    routing = TopNGating(4, 5, top_n=1).decide(logits, mask=mask)
+    x = torch.rand(1, kept + 2, 4).masked_fill(~mask.unsqueeze(-1), torch.nan)
+    filled, plain = (routing.dispatch(x, routing.buffers(filled))[:-1] for filled in (True, False))
+    assert set(map(tuple, filled.tolist())) == set(map(tuple, x[mask].tolist()))
+    assert plain.any(-1).sum() == kept
+    assert plain.isfinite().all()
 
 
 def test_slots_are_zero_where_no_token_is_sent_to_fill_them_with():

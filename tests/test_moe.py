@@ -314,6 +314,55 @@ def test_an_overridden_or_hooked_gate_decides_by_its_dense_tensors():
     assert_close(z, everything.router_z_loss * 3)
 
 
+def test_padding_of_a_hooked_gate_may_hold_anything():
+    moe, x = build(2, capacity_factor=1.0), torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(9) < torch.tensor([[6], [9]])
+    expected = with_layout(moe, "definition")(x, mask)
+    spoiled = x.detach().masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    moe.gate.register_forward_hook(lambda gate, args, output: None)
+    with quadratic():
+        outputs = moe(spoiled, mask=mask).outputs
+    assert_close(outputs, expected)
+    cotangent, parameters = torch.randn_like(x), list(moe.parameters())
+    found = gradients(outputs, cotangent, [spoiled, *parameters])
+    for gradient, wanted in zip(found, gradients(expected, cotangent, [x, *parameters]), strict=True):
+        assert_close(gradient, wanted)
+
+
+class Halved(nn.Module):
+    """An expert whose results are of half precision."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return (x * (1 + self.number / 7)).bfloat16()
+
+
+class HalvedSlots(nn.Module):
+    def forward(self, x):
+        return torch.stack([Halved(i)(part) for i, part in enumerate(x.unbind(1))], dim=1)
+
+
+@pytest.mark.parametrize("path", ["rows", "slots", "dense"])
+def test_results_of_half_precision_are_weighted_by_gates_of_float32(path):
+    gate = TopNGating(6, 3, policy_train="all", capacity_factor_train=None)
+    moe = MoE(6, 3, gate=gate, experts=[Halved(i) for i in range(3)])
+    x = torch.randn(2, 9, 6)
+    routing, expected = moe.gate.route(x), torch.zeros(2, 9, 6, dtype=torch.float64)
+    for b, n, k in routing.kept.nonzero().tolist():
+        expected[b, n] += routing.gates[b, n, k].double() * Halved(int(routing.indices[b, n, k]))(x[b, n]).double()
+    if path == "slots":
+        moe.experts = HalvedSlots()
+    if path == "dense":
+        moe.gate.register_forward_hook(lambda gate, args, output: None)
+    with quadratic() if path == "dense" else torch.autocast("cpu", torch.bfloat16):
+        outputs = moe(x).outputs
+    assert outputs.dtype == torch.float32
+    assert_close(outputs.double(), expected, 1e-6)
+
+
 def test_the_quadratic_warning_is_given_once():
     moe = build()
     moe.gate.register_forward_hook(lambda gate, args, output: None)

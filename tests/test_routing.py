@@ -70,6 +70,18 @@ def test_rows_are_sorted_by_expert_and_hold_only_kept_choices():
     assert combined.flatten().tolist() == [0.25 * 100 + 0.75 * 300, 0, 0.875 * 200, 0]
 
 
+def test_rows_of_an_expert_are_in_the_order_of_their_tokens():
+    """A sort that is not stable keeps the order of a few."""
+    b, n, k, e = 2, 60, 2, 3
+    indices = torch.rand(b, n, e).argsort(-1)[..., :k]
+    kept = torch.rand(b, n, k) < 0.8
+    slots = torch.zeros_like(indices)
+    layout = example()._replace(indices=indices, slots=slots, kept=kept, capacity=n, groups=(b, n)).rows()
+    expert_of = indices.masked_fill(~kept, e).flatten().tolist()
+    expected = [choice for expert in range(e) for choice in range(b * n * k) if expert_of[choice] == expert]
+    assert layout.choices[: layout.offsets[-1]].tolist() == expected
+
+
 def test_slots_hold_kept_choices_and_zeros():
     x = torch.tensor([[[10.0], [11]], [[20], [21]]])
     slots = example().dispatch(x)
