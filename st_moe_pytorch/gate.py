@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,7 @@ from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_counts, check_noise, check_tokens, is_overridden
 from st_moe_pytorch.compat import has_hooks
-from st_moe_pytorch.routing import DenseRouting, Routing
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Context in which autocast is off on x's device."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
 
 
 class Listeners(threading.local):
@@ -118,6 +112,19 @@ class Gate(nn.Module):
         """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
         routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
         return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
+
+    if TYPE_CHECKING:  # editors, to which a module's call is of any type
+
+        def __call__(
+            self,
+            x: Tensor,
+            noise_gates: bool = ...,
+            noise_mult: float = ...,
+            *,
+            mask: Tensor | None = ...,
+            route_by: Tensor | None = ...,
+            draws: Tensor | None = ...,
+        ) -> DenseRouting: ...
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
         """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import einsum
@@ -16,7 +16,7 @@ from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import Gate, is_dense, tell
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import Expert, RMSNorm
-from st_moe_pytorch.routing import DenseRouting, Routing
+from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -168,6 +168,19 @@ class MoE(nn.Module):
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
         return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
 
+    if TYPE_CHECKING:  # editors, to which a module's call is of any type
+
+        def __call__(
+            self,
+            x: Tensor,
+            noise_gates: bool = ...,
+            noise_mult: float = ...,
+            *,
+            mask: Tensor | None = ...,
+            route_by: Tensor | None = ...,
+            draws: Tensor | None = ...,
+        ) -> MixtureOfExpertsReturn: ...
+
     def extra_repr(self) -> str:
         losses = f"balance_loss_coef={self.balance_loss_coef}, router_z_loss_coef={self.router_z_loss_coef}"
         return f"{self.dim}, num_experts={self.num_experts}, {losses}"
@@ -192,8 +205,11 @@ class MoE(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         groups = x.reshape(*dispatch.shape[:2], self.dim)
-        slots = self.experts(einsum(groups, dispatch.to(x.dtype), "b n d, b n e c -> b e c d"))
-        outputs = einsum(slots.to(combine.dtype), combine, "b e c d, b n e c -> b n d")
+        with without_autocast(x):
+            slots = einsum(groups, dispatch.to(x.dtype), "b n d, b n e c -> b e c d")
+        slots = self.experts(slots)
+        with without_autocast(x):
+            outputs = einsum(slots.to(combine.dtype), combine, "b e c d, b n e c -> b n d")
         balance, z = (loss.squeeze() for loss in losses)
         return outputs.reshape(*x.shape[:2], outputs.shape[-1]), balance, z
 
@@ -238,13 +254,26 @@ class SparseMoEBlock(nn.Module):
             x = self.ff_after(x) + x
         return MixtureOfExpertsReturn(x, *losses)
 
+    if TYPE_CHECKING:  # editors, to which a module's call is of any type
+
+        def __call__(
+            self,
+            x: Tensor,
+            noise_gates: bool = ...,
+            noise_mult: float = ...,
+            *,
+            mask: Tensor | None = ...,
+            route_by: Tensor | None = ...,
+            draws: Tensor | None = ...,
+        ) -> MixtureOfExpertsReturn: ...
+
 
 def _grouped(t: Tensor, ndim: int) -> Tensor:
     """Bring (n ...) to (1 n ...) and (b ... ...) to (b n ...), where the tokens have ``ndim`` axes, the last of them features."""
     return t.unsqueeze(0) if ndim == 2 else t.flatten(1, ndim - 2)
 
 
-def given_only(**tensors: Tensor | None) -> dict[str, Tensor]:
+def given_only(**tensors: Tensor | None) -> dict[str, Any]:
     """Those that are not None: what is written against 0.1.8 does not know the others' names."""
     return {name: t for name, t in tensors.items() if t is not None}
 

@@ -10,6 +10,7 @@ Axes, here and in every file of the package:
 Where the copies of tokens stand on their way through the experts is in layouts.py.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,12 @@ from torch import Tensor
 
 from st_moe_pytorch.checks import check_positive
 from st_moe_pytorch.layouts import Layout, as_int, gather, rows_layout, slots_layout, straight_through, weighted_sum
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Context in which autocast is off on x's device."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int = 4) -> int:
@@ -151,8 +158,9 @@ class Routing(NamedTuple):
         experts = indices.unsqueeze(-1) == torch.arange(self.num_experts, device=indices.device)
         places = slots.unsqueeze(-1) == torch.arange(self.capacity, device=slots.device)
         places = (places & kept.unsqueeze(-1)).to(gates.dtype)
-        dispatch = einsum(experts.to(gates.dtype), places, "b n k e, b n k c -> b n e c")
-        combine = einsum(experts * gates.unsqueeze(-1), places, "b n k e, b n k c -> b n e c")
+        with without_autocast(gates):
+            dispatch = einsum(experts.to(gates.dtype), places, "b n k e, b n k c -> b n e c")
+            combine = einsum(experts * gates.unsqueeze(-1), places, "b n k e, b n k c -> b n e c")
         if self.straight_through:
             dispatch = dispatch + (combine - combine.detach())
         return dispatch, combine

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from st_moe_pytorch.compat import is_transformed
+
 
 class TopK(NamedTuple):
     """Best entries along the last axis: values and their indices (..., k), and the soft selection of each (None unless differentiable)."""
@@ -53,7 +55,7 @@ def topk(values: Tensor, k: int, *, differentiable: bool = False, fused: bool = 
     if not differentiable:
         return TopK(values.gather(-1, indices), indices, None)
     winners = min(k * ratio, values.shape[-1])
-    if fused:
+    if fused and not is_transformed():  # torch.func does not work with checkpointing
         selection = checkpoint(coor_descent, values, winners, use_reentrant=False, preserve_rng_state=False)
     else:
         selection = coor_descent(values, winners)

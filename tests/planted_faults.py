@@ -123,7 +123,7 @@ FAULTS = [
     ),
     Fault(
         "autocast reaches the router",
-        "gate.py",
+        "routing.py",
         "torch.autocast(device, enabled=False)",
         "torch.autocast(device, enabled=torch.is_autocast_enabled(device))",
         "test_gating.py::test_autocast_does_not_reach_the_router",

@@ -423,3 +423,19 @@ def test_fused_coordinate_descent_keeps_fewer_iterates():
             gate.topk(x.softmax(-1), k=2)
         kept[fused] = sum(saved)
     assert kept[True] < kept[False] / 5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_differentiable_topk_works_under_torch_func(fused):
+    gate = TopNGating(6, 4, differentiable_topk=True, differentiable_topk_fused=fused, policy_train="all").double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    cotangent = torch.randn(2, 5, 2, dtype=torch.float64)
+
+    def loss(weight):
+        routing = torch.func.functional_call(gate, {"to_gates.weight": weight}, x)
+        return (routing.combine_tensor.sum(-1) * torch.arange(4)).sum() + (cotangent.sum() * routing.balance_loss)
+
+    weight = gate.to_gates.weight.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(weight), weight)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), expected, rtol=1e-10, atol=1e-12)

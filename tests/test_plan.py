@@ -163,3 +163,36 @@ def test_audit_counts_no_change_below_its_tolerance():
     moe = layer(capacity_factor_eval=0.5)
     assert audit_dependence(moe, X, tolerance=1e-9).on_later_tokens.any()
     assert not audit_dependence(moe, X, tolerance=10.0).on_later_tokens.any()
+
+
+def test_audit_of_what_is_not_a_number_or_not_there_is_refused():
+    with pytest.raises(ValueError, match="must be finite, since what becomes NaN depends on everything"):
+        audit_dependence(layer(), X.masked_fill(X.max() == X, torch.nan))
+    for empty, mask in ((X[:0], None), (X[:, :0], None), (X, torch.zeros(3, 12, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="x must have real tokens to tell what their outputs depend on"):
+            audit_dependence(layer(), empty, mask)
+    mask = torch.arange(12) < torch.tensor([[12], [5], [0]])
+    padded = X.masked_fill(~mask.unsqueeze(-1), torch.nan)  # padding may hold anything
+    assert not audit_dependence(layer(), padded, mask).on_padding.any()
+
+
+def test_plans_leave_the_global_random_numbers_alone_and_compare_by_the_same_ones():
+    torch.manual_seed(0)
+    moe = MoE(8, 4, gating_top_n=3)
+    with record_routing(moe) as records:
+        moe(X)
+    state = torch.get_rng_state()
+    plans = plan(moe, records[""], {"a": {}, "b": {}})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert plans["a"] == plans["b"]
+    torch.rand(7)
+    assert plan(moe, records[""], {"a": {}})["a"] == plans["a"]
+
+
+@pytest.mark.parametrize(("training", "unread"), [(True, "capacity_factor_eval"), (False, "capacity_factor_train")])
+def test_settings_that_are_not_read_are_refused(training, unread):
+    moe = MoE(8, 4)
+    with record_routing(moe) as records:
+        moe(X)
+    with pytest.raises(ValueError, match=rf"settings\['tight'\] must be read in this mode, but {unread} is not"):
+        plan(moe, records[""], {"tight": {unread: 1.0}}, training=training)

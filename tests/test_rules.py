@@ -93,7 +93,7 @@ def test_every_function_of_compat_has_a_test():
     tree = ast.parse((PACKAGE / "compat.py").read_text())
     tests = (ROOT / "tests" / "test_compat.py").read_text()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             assert f"compat.{node.name}(" in tests or f"compat.{node.name}\n" in tests, node.name
 
 

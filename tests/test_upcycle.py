@@ -86,3 +86,13 @@ def test_averaging_refuses_nothing_and_what_differs():
         average_experts([])
     with pytest.raises(ValueError, match="expert 1 has others than expert 0"):
         average_experts([nn.Linear(4, 4), nn.Linear(4, 5)])
+
+
+def test_experts_of_a_layer_average_as_their_list_does_and_sharded_ones_say_where_the_others_are():
+    moe = MoE(8, 3)
+    mean, wanted = average_experts(moe.experts), average_experts(list(moe.experts.experts))
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in mean.state_dict().items())
+    moe.experts.experts.add_module("1", None)  # as on a rank that holds two of three
+    for experts in (moe.experts, moe.experts.experts):
+        with pytest.raises(ValueError, match=r"must all be on this rank to be averaged: load .*full_state_dict\(model\)"):
+            average_experts(experts)

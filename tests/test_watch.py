@@ -149,6 +149,12 @@ def test_records_of_layers_that_share_a_gate_and_of_gates_in_layers_of_another_m
     assert {name: len(routings) for name, routings in records.items()} == {"a": 1, "b": 0, "own.router": 2}
 
 
+def test_figures_compare_by_their_counts():
+    first, again, other = (RoutingStats.of(recorded(calls=calls)["first"]) for calls in (1, 1, 2))
+    assert first == again != other
+    assert first != "a word"
+
+
 def test_a_model_without_sparse_layers_and_statistics_of_nothing_warn():
     with (
         pytest.warns(UserWarning, match="nothing is recorded of Linear, which has no sparse layers"),

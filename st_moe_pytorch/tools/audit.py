@@ -41,6 +41,8 @@ def audit_dependence(layer: nn.Module, x: Tensor, mask: Tensor | None = None, se
         raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
     b, n, _ = x.shape
     real = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
+    if not real.any():
+        raise ValueError(f"x must have real tokens to tell what their outputs depend on, got none in {tuple(x.shape)}")
     given = {} if mask is None else {"mask": mask}
 
     def run(inputs: Tensor) -> Tensor:
@@ -50,16 +52,19 @@ def audit_dependence(layer: nn.Module, x: Tensor, mask: Tensor | None = None, se
         return outputs[0] if isinstance(outputs, tuple) else outputs
 
     usual = run(x)
+    if not (x[real].isfinite().all() and usual[real].isfinite().all()):
+        raise ValueError("x and the outputs of its real tokens must be finite, since what becomes NaN depends on everything")
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x.std()
-    others = x.flatten(0, 1)[torch.randperm(b * n, generator=generator)].view_as(x), noise
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x[real].std(correction=0).clamp(min=1e-3)
+    tokens = x[real]
+    others = tokens[torch.randint(len(tokens), (b, n), generator=generator)], noise
 
     def moved_by(changed: Tensor) -> Tensor:
         """Which outputs (b n) move when the tokens of ``changed`` (b n) become others."""
         moved = torch.zeros_like(real)
         for other in others:
             difference = (run(torch.where(changed.unsqueeze(-1), other, x)) - usual).abs().amax(dim=-1)
-            moved |= ~(difference <= tolerance * usual.abs().max())
+            moved |= ~(difference <= tolerance * usual[real].abs().max())
         return moved & ~changed & real
 
     position = torch.arange(n, device=x.device)

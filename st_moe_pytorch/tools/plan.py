@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.random import fork_rng
 
 from st_moe_pytorch.checks import typechecked
 from st_moe_pytorch.experts import Experts
@@ -75,13 +77,22 @@ def plan(
     """What each of several settings, named, would do to recorded calls of a layer.
 
     settings: changes to the arguments of the layer's gate, such as {"as it is": {}, "one choice": {"top_n": 1}}.
+    training: route by the settings for training or by those for evaluation; changes to the others are refused.
+    Random policies draw the same numbers for every setting, and leave the global random numbers alone.
     """
+    unread = "_eval" if training else "_train"
+    for name, changes in settings.items():
+        if vain := [change for change in changes if change.endswith(unread)]:
+            mode = f"{'training' if training else 'evaluation'}: call plan(..., training={not training}) for it"
+            raise ValueError(f"settings[{name!r}] must be read in this mode, but {', '.join(vain)} is not in {mode}")
     routings = list(routings)
     held = sum(expert is not None for expert in moe.experts.experts) if isinstance(moe.experts, Experts) else moe.num_experts
     flops = 2 * sum(parameter.numel() for parameter in moe.experts.parameters() if parameter.ndim > 1) / held
     plans = {}
     for name, changes in settings.items():
-        routed = [reroute(moe.gate, routing, training=training, **changes) for routing in routings]
+        with fork_rng([routing.logits.device for routing in routings if routing.logits.is_cuda]):
+            torch.manual_seed(0)
+            routed = [reroute(moe.gate, routing, training=training, **changes) for routing in routings]
         stats = RoutingStats.of(routed)
         tokens, scalars = max(int(stats.tokens), 1), stats.scalars()
         rows = int(stats.kept.sum()) / tokens

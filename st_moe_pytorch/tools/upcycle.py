@@ -6,13 +6,24 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.moe import dense_copies
 
 __all__ = ["average_experts", "dense_copies"]
 
 
-def average_experts(experts: Sequence[nn.Module] | nn.ModuleList) -> nn.Module:
-    """One dense feed-forward from experts of one shape: a copy of the first, whose parameters and floating-point buffers are the means."""
+def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> nn.Module:
+    """One dense feed-forward from experts of one shape: a copy of the first, whose parameters and floating-point buffers are the means.
+
+    experts: of a layer, ``moe.experts``, or a list of them. Raises ValueError for sharded ones, of which a rank has only some.
+    """
+    if isinstance(experts, Experts):
+        experts = experts.experts
+    if isinstance(experts, nn.ModuleList) and len(list(experts.children())) < len(experts):
+        raise ValueError(
+            "experts must all be on this rank to be averaged: load st_moe_pytorch.distributed.full_state_dict(model) into an unsharded "
+            "model and average its experts"
+        )
     states = [expert.state_dict() for expert in experts]
     if not states:
         raise ValueError("experts must hold at least one module to average, got none")

@@ -63,7 +63,7 @@ def _gates(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
     return gates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoutingStats:
     """Counts of one layer's routing. They add up exactly, over calls, steps and ranks; padding is in none of them."""
 
@@ -114,6 +114,14 @@ class RoutingStats:
             return _padded(mine, longest) + _padded(theirs, longest)
 
         return RoutingStats(*(add(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all counts are the same."""
+        if not isinstance(other, RoutingStats):
+            return NotImplemented
+        return all(torch.equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def over_ranks(self, group: Any = None) -> "RoutingStats":
         """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in the same order."""

@@ -127,6 +127,15 @@ def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path, accumulate):
     torch.testing.assert_close(model.state_dict(), state, rtol=1e-4, atol=1e-6)
 
 
+def test_trainer_evaluates_without_auxiliary_losses(tmp_path):
+    model = gpt2()
+    trainer = SparseTrainer(model=model, args=arguments(tmp_path))
+    loss, outputs = trainer.compute_loss(model, BATCH, return_outputs=True)
+    assert loss > outputs["loss"] + 0.1
+    loss, outputs = trainer.compute_loss(model.eval(), BATCH, return_outputs=True)
+    assert loss == outputs["loss"]
+
+
 def test_saved_models_load_equal(tmp_path):
     torch.manual_seed(0)
     model = SparseGPT2(GPT2).eval()
