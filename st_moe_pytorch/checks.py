@@ -1,7 +1,7 @@
 """Checks of what users pass in. Every error names the argument, its value and the fix; nothing is changed before it is raised."""
 
 import math
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from beartype import BeartypeConf, FrozenDict, beartype
@@ -92,6 +92,15 @@ def check_draws(draws: Tensor, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"draws must be floating-point numbers in [0, 1], got {draws.dtype}")
     if can_be_looked_at(draws) and not ((draws >= 0) & (draws <= 1)).all():
         raise ValueError(f"draws must lie in [0, 1], got numbers from {draws.min().item()} to {draws.max().item()}")
+
+
+def refuse_old_pickle(module: nn.Module, state: dict[str, Any], needed: str) -> None:
+    """Raise RuntimeError for the state of a whole module that an older version pickled, which lacks an attribute that is needed here."""
+    if needed not in state:
+        raise RuntimeError(
+            f"this {type(module).__name__} was pickled by another version of st-moe-pytorch, such as 0.1.8, and lacks {needed!r}: save its "
+            "state_dict() there and load that here, which has the same names and shapes"
+        )
 
 
 def is_overridden(module: nn.Module, cls: type[nn.Module]) -> bool:

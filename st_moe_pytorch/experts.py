@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from st_moe_pytorch.checks import is_blind, typechecked
+from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_reentrant_checkpoint
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel
@@ -103,6 +103,10 @@ class Experts(nn.Module):
         """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at data, in slots."""
         in_rows = self.parallel is not None or self.is_distributed or not is_blind(routing.indices) or are_alike(self.experts)
         return routing.rows() if in_rows else routing.buffers(filled=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        refuse_old_pickle(self, state, "parallel")
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         if self.parallel is None:

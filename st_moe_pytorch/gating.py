@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, typechecked
+from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
 from st_moe_pytorch.routing import Routing, assign_slots, expert_capacity
@@ -201,6 +201,10 @@ class TopNGating(Gate):
                 f"{name} must lie in [0, 1], got {thresholds.tolist()}; where a loader left it without values, reset_parameters() sets "
                 "those that the gate was built with"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        refuse_old_pickle(self, state, "policy_train")
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         thresholds = {name: [round(t, 4) for t in getattr(self, f"threshold_{name}").tolist()[1:]] for name in ("train", "eval")}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_positive, typechecked
+from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import may_be_derived, with_known_signature
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
     @typechecked
     def __init__(self, dim: int) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_counts(dim=dim)
         self.dim = dim
         self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -54,7 +54,7 @@ class GEGLU(nn.Module):
     @typechecked
     def __init__(self, dim: int, mult_bias: bool = True) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_counts(dim=dim)
         self.dim = dim
         self.mult_bias = nn.Parameter(torch.ones(dim)) if mult_bias else 1.0
 
@@ -64,6 +64,10 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return gated_gelu(x, self.mult_bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        refuse_old_pickle(self, state, "dim")
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, mult_bias={isinstance(self.mult_bias, Tensor)}"
@@ -87,7 +91,8 @@ class Expert(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
+        check_counts(dim=dim)
+        check_positive(hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
         hidden = int(dim * hidden_mult * 2 / 3)
         layers = [RMSNorm(dim)] if prenorm else []
         layers += [nn.Linear(dim, hidden * 2), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim)]

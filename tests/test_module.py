@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import pickle
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from oracles import assert_close, gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch import GEGLU, Expert, Experts, MoE, SparseMoEBlock, TopNGating
 
 
 def same(actual, expected) -> bool:
@@ -244,3 +245,14 @@ def test_plain_ddp_trains_experts_without_tokens(tmp_path):
 def test_built_experts_keep_their_own_settings():
     built = Experts([Expert(8) for _ in range(2)], is_distributed=False, allow_var_seq_len=True)
     assert (MoE(8, 2, experts=built).experts.is_distributed, built.allow_var_seq_len) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("build", "lost"), [(GEGLU, "dim"), (lambda dim: TopNGating(dim, 2), "policy_train"), (lambda dim: MoE(dim, 2).experts, "parallel")]
+)
+def test_whole_modules_of_older_versions_say_to_load_their_state_dicts(build, lost):
+    module = build(8)
+    assert pickle.loads(pickle.dumps(module)).state_dict().keys() == module.state_dict().keys()
+    del vars(module)[lost]
+    with pytest.raises(RuntimeError, match=f"was pickled by another version .* lacks '{lost}': save its state_dict\\(\\) there and load"):
+        pickle.loads(pickle.dumps(module))

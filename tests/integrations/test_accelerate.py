@@ -1,16 +1,19 @@
 """Two processes of accelerate on CPU take the steps of one process with the mean of both losses."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch import MoE
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from harness import Workers
 
 
 class Model(nn.Module):
@@ -45,30 +48,29 @@ def loss_of(model, x):
     return outputs.square().mean() + aux.total
 
 
-def main(path):
-    """What each process runs."""
+def train(rank):
+    """What each process runs: its trained parameters."""
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     from accelerate import Accelerator
 
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)  # which takes the process group that is there
     assert accelerator.num_processes == 2
     model = build()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert isinstance(model, DistributedDataParallel)
     for step in range(3):
         accelerator.backward(loss_of(model, batch(step, accelerator.process_index)))
         optimizer.step()
         optimizer.zero_grad()
-    if accelerator.is_main_process:
-        torch.save(accelerator.unwrap_model(model).state_dict(), path)
-    accelerator.end_training()
+    return accelerator.unwrap_model(model).state_dict()
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path / "state.pt")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert process.returncode == 0, process.stderr
+def test_two_processes_equal_one():
+    workers = Workers(2)
+    states = workers.run(train)
+    workers.close()
     model = build()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -76,10 +78,6 @@ def test_two_processes_equal_one(tmp_path):
         optimizer.zero_grad()
         (sum(loss_of(model, batch(step, rank)) for rank in range(2)) / 2).backward()
         optimizer.step()
-    state = torch.load(tmp_path / "state.pt")
-    assert (state["mlp.moe.gate.to_gates.weight"] - start["mlp.moe.gate.to_gates.weight"]).abs().max() > 1e-4
-    torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-12, atol=1e-14)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for state in states:
+        assert (state["mlp.moe.gate.to_gates.weight"] - start["mlp.moe.gate.to_gates.weight"]).abs().max() > 1e-4
+        torch.testing.assert_close(state, model.state_dict(), rtol=1e-12, atol=1e-14)
