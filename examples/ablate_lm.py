@@ -7,21 +7,24 @@ Every run is a file in --out, and a run that is there is not repeated: what was 
 random numbers, so that a change is compared with the usual model of the same seed. Prints tables and draws ablations.png.
 """
 
-import argparse
 import json
 import math
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
+import runs
 import torch
+from language_model import LanguageModel
 from matplotlib.figure import Figure
+from options import option, parse
+from runs import spread
 from torch import nn
 from tqdm import tqdm
-from train_lm import LanguageModel, build_optimizer, evaluate, learning_rate, read_corpus, start_processes, training_batch, update
+from train_lm import Settings, build_optimizer, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock
 from st_moe_pytorch.tools.watch import RoutingStats, record_routing
@@ -54,17 +57,27 @@ CHANGES = {
     "no multiplicative bias": {"mult_bias": False},
 }
 CAPACITIES_IN_EVALUATION = {"1": 1.0, "1.25": 1.25, "2": 2.0, "none dropped": None}
-EXPERTS = 8
 RECORD_EVERY = 20
+SIZES = ("steps", "batch", "seq_len", "dim", "depth")
 
 
-def build_model(recipe: dict, dim: int, depth: int) -> nn.Module:
+@dataclass(frozen=True)
+class Ablations(Settings):
+    """The options of the command line, of which those of `train_lm` that are no sizes stay as they are."""
+
+    out: Path = option(Path("runs/ablations"), "directory for a file of each run, and the picture")  # noqa: RUF009
+    only: tuple[str, ...] = option((), f"changes to run, of: {', '.join(CHANGES)}; all if not given", choices=CHANGES, metavar="CHANGE")
+    seeds: tuple[int, ...] = option((0, 1, 2), "a run of every change for each")
+    jobs: int = option(1, "runs at the same time, with one thread each")
+
+
+def build_model(recipe: dict, settings: Ablations) -> nn.Module:
     """The language model with this recipe in its blocks. It drops nothing in evaluation, so that it sees no future."""
 
     def block() -> nn.Module:
         moe = MoE(
-            dim,
-            EXPERTS,
+            settings.dim,
+            settings.experts,
             gating_top_n=recipe["top_n"],
             capacity_factor_train=recipe["capacity_factor"],
             capacity_factor_eval=None,
@@ -73,28 +86,28 @@ def build_model(recipe: dict, dim: int, depth: int) -> nn.Module:
         )
         return SparseMoEBlock(moe, add_ff_before=recipe["ff_before"], add_ff_after=recipe["ff_after"])
 
-    model = LanguageModel(dim, depth, block)
+    model = LanguageModel(settings.dim, settings.depth, block)
     for name, parameter in model.named_parameters():
         if name.endswith("mult_bias"):
             parameter.requires_grad_(recipe["mult_bias"])  # it starts at 1: without a gradient, it might as well not be there
     return model
 
 
-def run(change: str, seed: int, args: argparse.Namespace) -> dict:
+def run(change: str, seed: int, settings: Ablations) -> dict:
     """Train one model and tell what its routers did, and how well it predicts."""
     recipe = USUAL | CHANGES[change]
-    settings = argparse.Namespace(**vars(args) | {"seed": seed, "lr": recipe["lr"], "autocast": False, "text": None})
-    text, validation = read_corpus(settings)
+    settings = replace(settings, seed=seed, lr=recipe["lr"])
+    text, validation = runs.read_corpus(settings.text, settings.seq_len)
     torch.manual_seed(seed)
-    model = build_model(recipe, args.dim, args.depth)
-    optimizer = build_optimizer(model, recipe["lr"])
+    model = build_model(recipe, settings)
+    optimizer = build_optimizer(model, settings.lr)
     history, seen = [], []
     start = time.perf_counter()
-    for step in range(args.steps):
-        batch = training_batch(text, step, settings)
+    for step in range(settings.steps):
+        batch = training_batch(text, step, settings, recipe["top_n"])
         with record_routing(model) as routings:
-            update(model, optimizer, batch, learning_rate(step, settings), autocast=False)
-        if step % RECORD_EVERY == 0 or step == args.steps - 1:
+            update(model, optimizer, batch, learning_rate(step, settings), settings)
+        if step % RECORD_EVERY == 0 or step == settings.steps - 1:
             layers = [routing for records in routings.values() for routing in records]
             seen += [RoutingStats.of(layer).scalars() for layer in layers]
             z = [figures["router_z"] for figures in seen[-len(layers) :]]
@@ -104,7 +117,7 @@ def run(change: str, seed: int, args: argparse.Namespace) -> dict:
     return {
         "change": change,
         "seed": seed,
-        "settings": run_settings(change, args),
+        "settings": run_settings(change, settings),
         "seconds": seconds,
         "bits": evaluate_at_capacities(model, validation, settings),
         "dropped": mean(figures["dropped"] for figures in seen),
@@ -114,7 +127,7 @@ def run(change: str, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def evaluate_at_capacities(model: nn.Module, validation: torch.Tensor, settings: argparse.Namespace) -> dict[str, float]:
+def evaluate_at_capacities(model: nn.Module, validation: torch.Tensor, settings: Ablations) -> dict[str, float]:
     """Bits per byte with less or more capacity than the model was trained with."""
     bits = {}
     for name, factor in CAPACITIES_IN_EVALUATION.items():
@@ -124,52 +137,46 @@ def evaluate_at_capacities(model: nn.Module, validation: torch.Tensor, settings:
     return bits
 
 
-def run_settings(change: str, args: argparse.Namespace) -> dict:
+def run_settings(change: str, settings: Ablations) -> dict:
     """All that the numbers of a run depend on, but its seed."""
-    return USUAL | CHANGES[change] | {name: getattr(args, name) for name in ("steps", "batch", "seq_len", "dim", "depth")}
+    return USUAL | CHANGES[change] | {name: getattr(settings, name) for name in SIZES}
 
 
-def start_worker() -> None:
+def run_alone(change: str, seed: int, settings: Ablations) -> dict:
     torch.set_num_threads(1)
-    start_processes(expert_parallel=False)
+    with runs.processes():
+        return run(change, seed, settings)
 
 
-def result_path(change: str, seed: int, args: argparse.Namespace) -> Path:
-    return args.out / f"{change.replace(', ', ' ').replace(' ', '-')}-{seed}.json"
+def result_path(change: str, seed: int, settings: Ablations) -> Path:
+    return settings.out / f"{change.replace(', ', ' ').replace(' ', '-')}-{seed}.json"
 
 
-def read_result(change: str, seed: int, args: argparse.Namespace) -> dict | None:
-    path = result_path(change, seed, args)
+def read_result(change: str, seed: int, settings: Ablations) -> dict | None:
+    path = result_path(change, seed, settings)
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    if result["settings"] != run_settings(change, args):
+    if result["settings"] != run_settings(change, settings):
         raise SystemExit(f"ablate_lm.py: {path} was run with other settings, {result['settings']}: choose another --out")
     return result
 
 
-def run_missing(changes: list[str], args: argparse.Namespace) -> list[dict]:
+def run_missing(changes: list[str], settings: Ablations) -> list[dict]:
     """Results of all runs, by change and then by seed; those that are not there yet are run."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(change, seed) for change in changes for seed in args.seeds]
-    missing = [each for each in wanted if read_result(*each, args) is None]
+    settings.out.mkdir(parents=True, exist_ok=True)
+    wanted = [(change, seed) for change in changes for seed in settings.seeds]
+    missing = [each for each in wanted if read_result(*each, settings) is None]
     with (
-        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool,
+        ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="run") as progress,
     ):
-        for done in as_completed([pool.submit(run, *each, args) for each in missing]):
+        for done in as_completed([pool.submit(run_alone, *each, settings) for each in missing]):
             result = done.result()
-            path = result_path(result["change"], result["seed"], args)
-            path.with_suffix(".tmp").write_text(json.dumps(result))
-            os.replace(path.with_suffix(".tmp"), path)
+            runs.write_whole(result_path(result["change"], result["seed"], settings), json.dumps(result))
             progress.write(f"{result['change']}, seed {result['seed']}: {result['bits']['none dropped']:.3f} bits per byte")
             progress.update()
-    return [read_result(*each, args) for each in wanted]
-
-
-def spread(values: list[float], form: str = ".3f") -> str:
-    """Mean of the seeds, and least to most."""
-    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    return [read_result(*each, settings) for each in wanted]
 
 
 def differences(results: list[dict], change: str, compared_with: str = "usual") -> list[float]:
@@ -183,14 +190,14 @@ def print_tables(results: list[dict], changes: list[str]) -> None:
     print("| change | bits per byte in validation | above usual | dropped in training | largest logit | seconds |")
     print("|---|---|---|---|---|---|")
     groups = {change: [result for result in results if result["change"] == change] for change in changes}
-    for change, runs in groups.items():
-        bits, largest, seconds = ([get(run) for run in runs] for get in (final_bits, largest_logit, lambda run: run["seconds"]))
+    for change, group in groups.items():
+        bits, largest, seconds = ([get(run) for run in group] for get in (final_bits, largest_logit, lambda run: run["seconds"]))
         above = spread(differences(results, change), "+.3f") if change != "usual" else ""
-        dropped = mean(run["dropped"] for run in runs)
+        dropped = mean(run["dropped"] for run in group)
         print(f"| {change} | {spread(bits)} | {above} | {dropped:.1%} | {spread(largest, '.0f')} | {mean(seconds):.0f} |")
     print(f"\n| trained with | {' | '.join(CAPACITIES_IN_EVALUATION)} |\n|---{'|---' * len(CAPACITIES_IN_EVALUATION)}|")
     for change in ("capacity factor 1", "usual", "capacity factor 2"):
-        if runs := groups.get(change):
+        if group := groups.get(change):
             print(f"| {change} | {' | '.join(spread([run['bits'][name] for run in runs]) for name in CAPACITIES_IN_EVALUATION)} |")
 
 
@@ -227,28 +234,13 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
-    option("--out", type=Path, default="runs/ablations", help="directory for a file of each run, and the picture")
-    option("--only", nargs="+", choices=CHANGES, metavar="CHANGE", help=f"changes to run, of: {', '.join(CHANGES)}; all if not given")
-    option("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of every change for each")
-    option("--jobs", type=int, default=1, help="runs at the same time, with one thread each")
-    option("--steps", type=int, default=1000, help="updates, over which the learning rate rises and decays")
-    option("--batch", type=int, default=4, help="sequences per step")
-    option("--seq-len", type=int, default=256, help="bytes per sequence")
-    option("--dim", type=int, default=128, help="width of the model")
-    option("--depth", type=int, default=2, help="layers")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
-    changes = [change for change in CHANGES if args.only is None or change in ("usual", *args.only)]
-    results = run_missing(changes, args)
+    settings = parse(Ablations, __doc__, only=("out", "only", "seeds", "jobs", *SIZES))
+    changes = [change for change in CHANGES if not settings.only or change in ("usual", *settings.only)]
+    results = run_missing(changes, settings)
     print_tables(results, changes)
-    plot_ablations(results, changes, args.out / "ablations.png")
-    print(f"\nwrote {args.out / 'ablations.png'}")
+    plot_ablations(results, changes, settings.out / "ablations.png")
+    print(f"\nwrote {settings.out / 'ablations.png'}")
 
 
 if __name__ == "__main__":

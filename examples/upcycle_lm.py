@@ -7,93 +7,97 @@ The sparse model starts where the dense one ended: its experts are copies of the
 one, and takes longer. It is compared with the dense model after as many further steps, and after as many as take the same time.
 """
 
-import argparse
 import copy
 import math
 import time
-from statistics import mean
+from dataclasses import dataclass, replace
 
+import runs
 import torch
-import torch.distributed as dist
+from language_model import DenseBlock, LanguageModel
+from options import option, parse
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_lm import TOP_N, DenseBlock, LanguageModel, build_optimizer, cross_entropy, evaluate, learning_rate, read_corpus, start_processes
-from train_lm import training_batch as batch_of
+from train_lm import TOP_N, Settings, build_optimizer, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
 from st_moe_pytorch.tools.watch import record_routing, routing_stats, warn_of_collapse
 
 
-def train(model: nn.Module, texts: list[Tensor], args: argparse.Namespace, steps: int, first: int, name: str) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Upcycling(Settings):
+    """The options of the command line, beside those of `train_lm` that are sizes."""
+
+    seeds: tuple[int, ...] = option((0,), "a run for each")
+    steps: int = option(400, "steps of the dense model before it is upcycled")
+    more_steps: int = option(400, "steps after that")
+    noise: float = option(0.0, "noise of the copies, as a multiple of the spread of each parameter", positive=False)
+
+
+class WithAuxLosses(nn.Module):
+    """A model with layers that were swapped: their auxiliary losses are collected, since it does not know of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with collect_aux_losses() as aux:
+            logits, _ = self.model(x, draws)
+        return logits, aux.total
+
+
+def train(model: nn.Module, texts: list[Tensor], settings: Upcycling, steps: int, first: int, name: str) -> tuple[float, float]:
     """Train for some steps, on batches from the first one on; bits per byte in validation, and seconds of training."""
-    optimizer = build_optimizer(model, args.lr)
-    schedule = argparse.Namespace(lr=args.lr, steps=steps)
+    model = WithAuxLosses(model)
+    optimizer = build_optimizer(model, settings.lr)
+    schedule = replace(settings, steps=steps)
     start = time.perf_counter()
     for step in tqdm(range(steps), desc=name, leave=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        with collect_aux_losses() as aux:
-            loss, _ = cross_entropy(model, batch_of(texts[0], first + step, args), autocast=False)
-        optimizer.zero_grad()
-        (loss + aux.total).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(model, optimizer, training_batch(texts[0], first + step, settings), learning_rate(step, schedule), settings)
     seconds = time.perf_counter() - start
-    return evaluate(model, texts[1], args), seconds
+    return evaluate(model, texts[1], settings), seconds
 
 
-def upcycle(dense: nn.Module, args: argparse.Namespace) -> nn.Module:
+def upcycle(dense: nn.Module, settings: Upcycling) -> nn.Module:
     """The sparse model that computes what the dense one does."""
-    make = lambda ffn: MoE.from_dense(ffn, args.dim, args.experts, noise=args.noise, gating_top_n=TOP_N)  # noqa: E731
+    make = lambda ffn: MoE.from_dense(ffn, settings.dim, settings.experts, noise=settings.noise, gating_top_n=TOP_N)  # noqa: E731
     return sparsify(copy.deepcopy(dense), "blocks.*.wide", make)
 
 
-def compare(seed: int, args: argparse.Namespace, texts: list[Tensor]) -> dict[str, float]:
+def compare(settings: Upcycling, texts: list[Tensor]) -> dict[str, float]:
     """Bits per byte in validation at the start and at the end of each way to go on."""
-    torch.manual_seed(seed)
-    args.seed = seed
-    dense = LanguageModel(args.dim, args.depth, lambda: DenseBlock(args.dim))
-    start, _ = train(dense, texts, args, args.steps, 0, "dense")
-    sparse, longer = upcycle(dense, args), copy.deepcopy(dense)
-    upcycled, first = evaluate(sparse, texts[1], args), args.steps
-    if args.noise == 0 and not math.isclose(start, upcycled, rel_tol=1e-5):
+    torch.manual_seed(settings.seed)
+    dense = LanguageModel(settings.dim, settings.depth, lambda: DenseBlock(settings.dim, TOP_N))
+    start, _ = train(dense, texts, settings, settings.steps, 0, "dense")
+    sparse, longer = upcycle(dense, settings), copy.deepcopy(dense)
+    upcycled, first = evaluate(sparse, texts[1], settings), settings.steps
+    if settings.noise == 0 and not math.isclose(start, upcycled, rel_tol=1e-5):
         raise AssertionError(f"the upcycled model must start at {start} bits per byte, got {upcycled}")
-    sparse_bits, sparse_seconds = train(sparse, texts, args, args.more_steps, first, "upcycled")
-    dense_bits, dense_seconds = train(dense, texts, args, args.more_steps, first, "dense, equal steps")
-    equal_time = round(args.more_steps * sparse_seconds / dense_seconds)
-    longer_bits, _ = train(longer, texts, args, equal_time, first, "dense, equal time")
+    sparse_bits, sparse_seconds = train(sparse, texts, settings, settings.more_steps, first, "upcycled")
+    dense_bits, dense_seconds = train(dense, texts, settings, settings.more_steps, first, "dense, equal steps")
+    equal_time = round(settings.more_steps * sparse_seconds / dense_seconds)
+    longer_bits, _ = train(longer, texts, settings, equal_time, first, "dense, equal time")
     with record_routing(sparse) as records:
-        evaluate(sparse, texts[1], args)
+        evaluate(sparse, texts[1], settings)
     warn_of_collapse(routing_stats(records))
-    print(f"seed {seed}: {start:.3f} bits per byte after {first} steps of the dense model, {upcycled:.3f} upcycled, before it goes on")
-    print(f"    {args.more_steps} steps later: {dense_bits:.3f} dense, {sparse_bits:.3f} sparse")
+    print(
+        f"seed {settings.seed}: {start:.3f} bits per byte after {first} steps of the dense model, {upcycled:.3f} upcycled, before it goes on"
+    )
+    print(f"    {settings.more_steps} steps later: {dense_bits:.3f} dense, {sparse_bits:.3f} sparse")
     print(f"    which took {sparse_seconds / dense_seconds:.2f} times as long; {longer_bits:.3f} dense in that time")
     return {"before": start, "sparse": sparse_bits, "dense, equal steps": dense_bits, "dense, equal time": longer_bits}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
-    option("--seeds", type=int, nargs="+", default=[0], help="a run for each")
-    option("--steps", type=int, default=400, help="steps of the dense model before it is upcycled")
-    option("--more-steps", type=int, default=400, help="steps after that")
-    option("--noise", type=float, default=0.0, help="noise of the copies, as a multiple of the spread of each parameter")
-    option("--experts", type=int, default=8, help=f"experts of a layer, of which a token chooses {TOP_N}")
-    option("--batch", type=int, default=4, help="sequences per step")
-    option("--seq-len", type=int, default=256, help="bytes per sequence")
-    option("--dim", type=int, default=128, help="width of the model")
-    option("--depth", type=int, default=2, help="layers")
-    option("--lr", type=float, default=3e-3, help="peak of the learning rate, each time")
-    args = parser.parse_args()
-    args.text, args.autocast = None, False
-    start_processes(expert_parallel=False)
-    texts = read_corpus(args)
-    results = [compare(seed, args, texts) for seed in args.seeds]
+    sizes = ("experts", "batch", "seq_len", "dim", "depth", "lr")
+    settings = parse(Upcycling, __doc__, only=("seeds", "steps", "more_steps", "noise", *sizes))
+    with runs.processes():
+        texts = runs.read_corpus(settings.text, settings.seq_len)
+        results = [compare(replace(settings, seed=seed), texts) for seed in settings.seeds]
     for name in results[0]:
-        values = [result[name] for result in results]
-        print(f"{name}: {mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-    dist.destroy_process_group()
+        print(f"{name}: {runs.spread([result[name] for result in results])}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
 """Pictures of routing, for people who would rather look than read. They need matplotlib, but for the page, which needs nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from st_moe_pytorch.routing import Routing
 from st_moe_pytorch.tools.plan import Plan
 from st_moe_pytorch.tools.watch import RoutingStats
+
+RECORD = "run the model inside record_routing"
+
+
+def _check_not_empty(name: str, parts: Mapping[Any, Any], way_out: str) -> None:
+    empty = [part for part, content in parts.items() if isinstance(content, Sized) and not len(content)]
+    if not parts or empty:
+        raise ValueError(f"{name} must not be empty, got nothing{f' of {empty[0]!r}' if empty else ''}: {way_out}")
 
 
 def _figure(panels: int, width: float = 8.0, height: float = 2.2) -> tuple[Any, Any]:
@@ -20,13 +29,17 @@ def _figure(panels: int, width: float = 8.0, height: float = 2.2) -> tuple[Any, 
     return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
 
 
-def plot_load(history: Mapping[int, Mapping[str, RoutingStats]], path: str | Path) -> None:
-    """Heat map of the load of every expert, over the steps of a history {step: {layer: stats}}, a panel per layer."""
+def plot_load(history: Mapping[int, Mapping[str, RoutingStats | Sequence[float]]], path: str | Path) -> None:
+    """Heat map of the load of every expert, over the steps of a history {step: {layer: stats}}, a panel per layer.
+
+    In place of stats, their ``load().tolist()`` will do, as from a file.
+    """
+    _check_not_empty("history", history, "it holds {step: routing_stats(records)}")
     steps = sorted(history)
     layers = list(history[steps[0]])
     figure, panels = _figure(len(layers))
     for axes, layer in zip(panels, layers, strict=True):
-        load = torch.stack([history[step][layer].load() for step in steps], dim=1)
+        load = torch.stack([_load(history[step][layer]) for step in steps], dim=1)
         experts = load.shape[0]
         image = axes.imshow(
             load.cpu().numpy(), aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2 / experts
@@ -38,8 +51,13 @@ def plot_load(history: Mapping[int, Mapping[str, RoutingStats]], path: str | Pat
     figure.savefig(path, dpi=100)
 
 
+def _load(counted: RoutingStats | Sequence[float]) -> Tensor:
+    return counted.load() if isinstance(counted, RoutingStats) else torch.tensor(counted)
+
+
 def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
     """Share of the choices at each position that were dropped or not asked for, a panel per layer."""
+    _check_not_empty("stats", stats, RECORD)
     figure, panels = _figure(len(stats))
     for axes, (layer, counted) in zip(panels, stats.items(), strict=True):
         axes.plot(counted.dropped_by_position().cpu().numpy(), label="dropped, expert full")
@@ -51,6 +69,7 @@ def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
 
 def plot_gates(records: Mapping[str, Sequence[Routing]], path: str | Path) -> None:
     """Histogram of the gates of first, second and further choices of real tokens, a panel per layer."""
+    _check_not_empty("records", records, RECORD)
     figure, panels = _figure(len(records))
     for axes, (layer, routings) in zip(panels, records.items(), strict=True):
         for rank in range(routings[0].gates.shape[-1]):
@@ -63,13 +82,14 @@ def plot_gates(records: Mapping[str, Sequence[Routing]], path: str | Path) -> No
 
 def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
     """What settings would do: where choices go, and what they cost, a bar per setting."""
+    _check_not_empty("plans", plans, "it holds {name: Plan}, as of plan")
     figure, panels = _figure(3, height=0.8 + 0.3 * len(plans))
     names = list(plans)
     dropped = [chosen.dropped for chosen in plans.values()]
     panels[0].barh(names, dropped, label="dropped, expert full")
     panels[0].barh(names, [chosen.not_asked for chosen in plans.values()], left=dropped, label="not asked for, by policy")
     panels[0].set(xlabel="share of all choices")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above the bars
     panels[1].barh(names, [chosen.experts_per_token for chosen in plans.values()])
     panels[1].set(xlabel="experts that see a token, on average")
     panels[2].barh(names, [chosen.bytes_per_token for chosen in plans.values()])
@@ -81,17 +101,29 @@ def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
 
 STYLE = """
 body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em; max-width: 60em; color: #222; background: #fff }
-h2 { font: bold 16px sans-serif } .legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
+h1, h2, .hint { font: 15px/1.5 sans-serif } h1 { font-size: 22px } h2 { font-weight: bold }
+.legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
 .none { outline: 1px dashed #c00; background: none }
 """
 
+HINT = (
+    "Each token has the colour of the expert that it chose first; a dashed outline means that no expert saw it. "
+    "Point at a token to read all its choices, their gates and what became of them."
+)
 
-def text_page(tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], row: int = 0) -> str:
+
+def text_page(
+    tokens: Sequence[str],
+    records: Mapping[str, Sequence[Routing]],
+    row: int = 0,
+    title: str = "Where tokens go",
+) -> str:
     """An HTML page that shows where the tokens of a text go: each coloured by its first expert, a section per layer.
 
     tokens: the n tokens of a row of the batch, as text. records: as of `record_routing`; the first call of each layer is shown.
-    Pointing at a token tells all its choices, their gates and what became of them. Tokens that reached no expert are outlined.
+    title: what stands above them. Pointing at a token tells all its choices, their gates and what became of them.
     """
+    _check_not_empty("records", records, RECORD)
     sections = []
     for layer, routings in records.items():
         routing = routings[0]
@@ -102,8 +134,8 @@ def text_page(tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], r
         legend = "".join(f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>' for expert in used)
         legend += '<span class="none"> no expert </span>'
         sections.append(f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>')
-    style = f"<style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Where tokens go</title>{style}{"".join(sections)}</html>\n'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<h1>{escape(title)}</h1><p class="hint">{HINT}</p>{"".join(sections)}</html>\n'
 
 
 def _span(token: str, routing: Routing, row: int, place: int) -> str:
@@ -114,7 +146,8 @@ def _span(token: str, routing: Routing, row: int, place: int) -> str:
         told.append(f"expert {expert}: gate {float(routing.gates[row, place, rank]):.2f}, {fate}")
     color = f'style="background:{_color(int(routing.indices[row, place, 0]), routing.num_experts)}"'
     look = color if bool(routing.kept[row, place].any()) else 'class="none"'
-    return f'<span {look} title="{escape("&#10;".join(told), quote=True).replace("&amp;#10;", "&#10;")}">{escape(token)}</span>'
+    lines = "\n".join(told)
+    return f'<span {look} title="{lines}">{escape(token)}</span>'
 
 
 def _color(expert: int, experts: int) -> str:

@@ -1,0 +1,294 @@
+"""What the examples share and what is not about training: processes, directories of runs, pictures, words."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from options import Options
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from tqdm import tqdm
+
+from st_moe_pytorch.tools.pictures import plot_load, text_page
+from st_moe_pytorch.tools.watch import RoutingStats, record_routing
+
+NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+FREE_TO_CHANGE = ("out", "resume", "device", "expert_parallel", "prompt")  # what may differ when a run is resumed
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def started_processes() -> int:
+    """How many processes torchrun started; 0 if this one was started without it."""
+    return int(os.environ.get("WORLD_SIZE", 0))
+
+
+@contextmanager
+def processes(device: str = "cpu", several: bool = False) -> Iterator[None]:
+    """Join the processes that torchrun started; a process of its own is a group of one."""
+    alone = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device == "cuda":
+        local_rank, needed = (int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        if needed > torch.cuda.device_count():
+            complaint = (
+                f"{_script()}: --device cuda needs a GPU for every process, {needed} here, and there are {torch.cuda.device_count()}"
+            )
+            raise SystemExit(1 if local_rank else complaint)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=5), **alone)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _script() -> str:
+    return Path(sys.argv[0]).name
+
+
+def say(text: str, **where: Any) -> None:
+    """Print on rank 0, above a progress bar if there is one."""
+    if dist.get_rank() == 0:
+        tqdm.write(text, **where)
+
+
+@contextmanager
+def ending_together(way_out: str = "") -> Iterator[None]:
+    """If a rank cannot read or write what it wants to in this block, all ranks end, and one line says why and what to do."""
+    problem = ""
+    try:
+        yield
+    except (OSError, ValueError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        problem = " ".join(str(cause).split()) + way_out
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        say(f"{_script()}: {next(filter(None, problems))}", file=sys.stderr)
+        dist.barrier()  # torchrun kills the other processes when one ends: first, the line has to be out
+        raise SystemExit(1)
+
+
+def mean_over_ranks(t: Tensor) -> Tensor:
+    dist.all_reduce(t)
+    return t / dist.get_world_size()
+
+
+def read_corpus(path: Path | None, seq_len: int) -> list[Tensor]:
+    """Training and validation bytes: a file and its last tenth, or Python's standard library and every 20th file of it."""
+    with ending_together():
+        if path is not None:
+            content = path.read_bytes()
+            cut = len(content) * 9 // 10
+            parts = content[:cut], content[cut:]
+        else:
+            root = Path(sysconfig.get_paths()["stdlib"])
+            files = [path.read_bytes() for path in sorted(root.rglob("*.py")) if NOT_SOURCE.isdisjoint(path.relative_to(root).parts)]
+            parts = b"".join(file for number, file in enumerate(files) if number % 20 != 10), b"".join(files[10::20])
+        sizes = [len(part) for part in parts]
+        if min(sizes) <= seq_len:
+            raise ValueError(f"text is too short: {sizes[0]} bytes to train on and {sizes[1]} to validate, --seq-len {seq_len} needs more")
+    return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, after a kill or on a full disk, as it was before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def directory(out: Path, options: Options, texts: list[Tensor], resume: bool) -> Iterator[None]:
+    """Hold the directory of a run, a new one or one to resume, against other processes. Rank 0 does so for all."""
+    settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
+    settings["text"] = hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()[:16]
+    with ExitStack() as stack:
+        with ending_together():
+            if dist.get_rank() == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(out))
+                _prepare(out, settings, resume)
+        try:
+            yield
+        except KeyboardInterrupt:
+            say(f"\nstopped; --resume continues from the checkpoint in {out}, if there was an evaluation yet", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """The file tells who holds the directory. What keeps others out is the lock on it, which ends with its process, however that ends."""
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{out} is in use by process {file.read()}: wait until it ends, or choose another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Note in a new directory what the numbers of its run depend on, or find it unchanged."""
+    path, saved = out / "settings.json", checkpoints(out)
+    holds_a_run = bool(saved) or path.exists() or (out / "metrics.jsonl").exists()
+    if holds_a_run and not resume:
+        raise ValueError(f"{out} holds a run: continue it with --resume, or choose another --out")
+    if holds_a_run:
+        try:
+            theirs = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is missing or broken ({error}): restore it, or start anew with another --out") from None
+        different = [f"{name} was {theirs.get(name)}, is now {value}" for name, value in settings.items() if theirs.get(name) != value]
+        if different:
+            raise ValueError(f"{out} holds a run with other settings: {'; '.join(different)}")
+    else:
+        write_whole(path, json.dumps(settings))
+    for half_saved in out.glob("checkpoint-*.tmp"):
+        shutil.rmtree(half_saved)
+    if resume:
+        say(f"resuming {out} from step {step_of(saved[-1])}" if saved else f"{out} has no checkpoint to resume from: starting anew")
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; there is more than one only after a kill."""
+    return sorted(out.glob("checkpoint-*[0-9]"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """States of model and optimizer under global names: those of the experts on this rank, and all that ranks share."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=FLAT)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def save(out: Path, history: list[dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Save a checkpoint with the history in it. It gets its name, and takes the place of the last one, when all ranks have written it."""
+    step, lines = history[-1]["step"], "".join(json.dumps(record) + "\n" for record in history)
+    temporary = out / f"checkpoint-{step}.tmp"
+    way_out = f": step {step} was not saved; make room, and --resume goes on from the checkpoint before it"
+    with ending_together(way_out):
+        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+    with ending_together(way_out):
+        if dist.get_rank() == 0:
+            older = checkpoints(out)
+            for copy in (out, temporary):
+                write_whole(copy / "metrics.jsonl", lines)
+            os.replace(temporary, out / f"checkpoint-{step}")
+            for path in older:
+                shutil.rmtree(path)
+
+
+def load(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Load the last checkpoint, if there is one, that any number of ranks saved, and return its history."""
+    saved = checkpoints(out)
+    if not saved:
+        return []
+    with ending_together(f": {saved[-1]} is damaged; restore it from a copy, or start anew with another --out"):
+        history, state = read_history(saved[-1]), _state(model, optimizer)
+        if not history or history[-1]["step"] != step_of(saved[-1]):
+            raise ValueError("its metrics.jsonl does not reach its step")
+        dcp.load(state, checkpoint_id=saved[-1])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+    with ending_together():
+        if dist.get_rank() == 0:
+            shutil.copyfile(saved[-1] / "metrics.jsonl", out / "metrics.jsonl")
+    return history
+
+
+def read_history(directory: Path) -> list[dict]:
+    """The records of a run or a checkpoint, one per evaluation."""
+    path, history = directory / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            history.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is broken ({error})") from None
+    return history
+
+
+def routing_metrics(stats: list[dict[str, RoutingStats]]) -> dict[str, dict]:
+    """By layer, over steps and ranks: each expert's share of the choices asked for; the shares of all choices dropped, or not asked for."""
+    layers = {name: sum((step[name] for step in stats[1:]), stats[0][name]).over_ranks() for name in stats[0]}
+    shares = {figure: {name: layer.scalars()[figure] for name, layer in layers.items()} for figure in ("dropped", "not_asked")}
+    return {"load": {name: layer.load().tolist() for name, layer in layers.items()}, **shares}
+
+
+def report(out: Path, history: list[dict], model: nn.Module, text: Tensor, tokens_per_step: int) -> None:
+    """The end of a run: pictures, a page that shows where the bytes of a text (n) go, and figures. All ranks run the model, one writes."""
+    last = history[-1]
+    page = routing_page(model, text, last["step"]) if last["load"] else None
+    with ending_together(f": nothing is lost, and --resume writes pictures and page of {out} again"):
+        if dist.get_rank() == 0:
+            plot_training(history, out / "training.png")
+            if page is not None:
+                plot_load({record["step"]: record["load"] for record in history}, out / "load.png")
+                write_whole(out / "routing.html", page)
+    speed = last["step"] * tokens_per_step / last["train_seconds"]
+    say(f"finished {last['step']} steps: {last['train_seconds']:.0f} s of training, {speed:,.0f} tokens/s")
+    for layer, load in last["load"].items():
+        say(f"{layer}: experts get {min(load):.1%} to {max(load):.1%} of the choices asked for")
+    say(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {out}")
+
+
+@torch.no_grad()
+def routing_page(model: nn.Module, text: Tensor, step: int) -> str:
+    """A page that colours the bytes of a text (n) by the experts that they went to."""
+    model.eval()
+    with record_routing(model) as routings:
+        model(text.unsqueeze(0).long().to(next(model.parameters()).device))
+    title = f"Where the bytes of a validation text go after {step} steps"
+    return text_page([printable(bytes([byte])) for byte in text.tolist()], routings, title=title)
+
+
+def printable(content: bytes) -> str:
+    """Text that no terminal acts on: control characters, but for ends of lines and tabs, and bytes that are no text are escaped."""
+    text = content.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def plot_training(history: list[dict], path: Path) -> None:
+    """Learning curves and, of a sparse model, what became of the choices."""
+    layers, steps = list(history[0]["load"]), [record["step"] for record in history]
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    curves, *others = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]
+    curves.plot(steps, [record["train_bits"] for record in history], color="0.6", label="training")
+    curves.plot(steps, [record["validation_bits"] for record in history], color="black", label="validation")
+    curves.set(title=f"Loss: {history[-1]['validation_bits']:.2f} bits per byte in validation", xlabel="step", ylabel="bits per byte")
+    curves.legend(frameon=False)
+    for unused in others:
+        for name, style, reason in (("dropped", "-", "dropped, expert full"), ("not_asked", "--", "not asked for, by policy")):
+            for color, layer in enumerate(layers):
+                shares = [record[name][layer] for record in history]
+                unused.plot(steps, shares, style, color=f"C{color}", label=f"{layer}: {reason}")
+        unused.yaxis.set_major_formatter(PercentFormatter(1))
+        unused.set(title="Choices that reached no expert, in training", xlabel="step", ylabel="share of all choices", ylim=(0, None))
+        unused.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean, and least to most."""
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
