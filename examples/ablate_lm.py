@@ -21,6 +21,7 @@ import torch
 from language_model import LanguageModel
 from matplotlib.figure import Figure
 from options import option, parse
+from processes import processes
 from runs import spread
 from torch import nn
 from tqdm import tqdm
@@ -104,7 +105,7 @@ def run(change: str, seed: int, settings: Ablations) -> dict:
     history, seen = [], []
     start = time.perf_counter()
     for step in range(settings.steps):
-        batch = training_batch(text, step, settings, recipe["top_n"])
+        batch = training_batch(text, step, settings)
         with record_routing(model) as routings:
             update(model, optimizer, batch, learning_rate(step, settings), settings)
         if step % RECORD_EVERY == 0 or step == settings.steps - 1:
@@ -144,7 +145,7 @@ def run_settings(change: str, settings: Ablations) -> dict:
 
 def run_alone(change: str, seed: int, settings: Ablations) -> dict:
     torch.set_num_threads(1)
-    with runs.processes():
+    with processes():
         return run(change, seed, settings)
 
 
@@ -198,7 +199,7 @@ def print_tables(results: list[dict], changes: list[str]) -> None:
     print(f"\n| trained with | {' | '.join(CAPACITIES_IN_EVALUATION)} |\n|---{'|---' * len(CAPACITIES_IN_EVALUATION)}|")
     for change in ("capacity factor 1", "usual", "capacity factor 2"):
         if group := groups.get(change):
-            print(f"| {change} | {' | '.join(spread([run['bits'][name] for run in runs]) for name in CAPACITIES_IN_EVALUATION)} |")
+            print(f"| {change} | {' | '.join(spread([run['bits'][name] for run in group]) for name in CAPACITIES_IN_EVALUATION)} |")
 
 
 def final_bits(run: dict) -> float:

@@ -1,4 +1,4 @@
-"""What the examples share and what is not about training: processes, directories of runs, pictures, words."""
+"""What is not about training: the text, the directory of a run with its checkpoints, pictures of what happened."""
 
 import fcntl
 import hashlib
@@ -10,7 +10,6 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,10 +20,9 @@ import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from options import Options
+from processes import ending_together, say
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from tqdm import tqdm
 
 from st_moe_pytorch.tools.pictures import plot_load, text_page
 from st_moe_pytorch.tools.watch import RoutingStats, record_routing
@@ -32,62 +30,6 @@ from st_moe_pytorch.tools.watch import RoutingStats, record_routing
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 FREE_TO_CHANGE = ("out", "resume", "device", "expert_parallel", "prompt")  # what may differ when a run is resumed
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def started_processes() -> int:
-    """How many processes torchrun started; 0 if this one was started without it."""
-    return int(os.environ.get("WORLD_SIZE", 0))
-
-
-@contextmanager
-def processes(device: str = "cpu", several: bool = False) -> Iterator[None]:
-    """Join the processes that torchrun started; a process of its own is a group of one."""
-    alone = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if device == "cuda":
-        local_rank, needed = (int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        if needed > torch.cuda.device_count():
-            complaint = (
-                f"{_script()}: --device cuda needs a GPU for every process, {needed} here, and there are {torch.cuda.device_count()}"
-            )
-            raise SystemExit(1 if local_rank else complaint)
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=5), **alone)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _script() -> str:
-    return Path(sys.argv[0]).name
-
-
-def say(text: str, **where: Any) -> None:
-    """Print on rank 0, above a progress bar if there is one."""
-    if dist.get_rank() == 0:
-        tqdm.write(text, **where)
-
-
-@contextmanager
-def ending_together(way_out: str = "") -> Iterator[None]:
-    """If a rank cannot read or write what it wants to in this block, all ranks end, and one line says why and what to do."""
-    problem = ""
-    try:
-        yield
-    except (OSError, ValueError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        problem = " ".join(str(cause).split()) + way_out
-    problems = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        say(f"{_script()}: {next(filter(None, problems))}", file=sys.stderr)
-        dist.barrier()  # torchrun kills the other processes when one ends: first, the line has to be out
-        raise SystemExit(1)
-
-
-def mean_over_ranks(t: Tensor) -> Tensor:
-    dist.all_reduce(t)
-    return t / dist.get_world_size()
 
 
 def read_corpus(path: Path | None, seq_len: int) -> list[Tensor]:
@@ -165,8 +107,8 @@ def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
         write_whole(path, json.dumps(settings))
     for half_saved in out.glob("checkpoint-*.tmp"):
         shutil.rmtree(half_saved)
-    if resume:
-        say(f"resuming {out} from step {step_of(saved[-1])}" if saved else f"{out} has no checkpoint to resume from: starting anew")
+    if resume and not saved:
+        say(f"{out} has no checkpoint to resume from: starting anew")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -188,7 +130,7 @@ def save(out: Path, history: list[dict], model: nn.Module, optimizer: torch.opti
     """Save a checkpoint with the history in it. It gets its name, and takes the place of the last one, when all ranks have written it."""
     step, lines = history[-1]["step"], "".join(json.dumps(record) + "\n" for record in history)
     temporary = out / f"checkpoint-{step}.tmp"
-    way_out = f": step {step} was not saved; make room, and --resume goes on from the checkpoint before it"
+    way_out = f"; step {step} was not saved; make room, and --resume goes on from the checkpoint before it"
     with ending_together(way_out):
         dcp.save(_state(model, optimizer), checkpoint_id=temporary)
     with ending_together(way_out):
@@ -196,9 +138,23 @@ def save(out: Path, history: list[dict], model: nn.Module, optimizer: torch.opti
             older = checkpoints(out)
             for copy in (out, temporary):
                 write_whole(copy / "metrics.jsonl", lines)
+            write_whole(temporary / "digests.json", json.dumps(_digests(temporary)))
             os.replace(temporary, out / f"checkpoint-{step}")
             for path in older:
                 shutil.rmtree(path)
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != "digests.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files are as they were saved: what reads them does not notice when numbers in them are others."""
+    try:
+        return json.loads((checkpoint / "digests.json").read_text()) == _digests(checkpoint)
+    except (OSError, ValueError):
+        return False
 
 
 def load(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -206,15 +162,16 @@ def load(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     saved = checkpoints(out)
     if not saved:
         return []
-    with ending_together(f": {saved[-1]} is damaged; restore it from a copy, or start anew with another --out"):
-        history, state = read_history(saved[-1]), _state(model, optimizer)
-        if not history or history[-1]["step"] != step_of(saved[-1]):
-            raise ValueError("its metrics.jsonl does not reach its step")
-        dcp.load(state, checkpoint_id=saved[-1])
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+    with ending_together("; restore it from a copy, or start anew with another --out"):
+        if dist.get_rank() == 0 and not _is_whole(saved[-1]):
+            raise ValueError(f"{saved[-1]} is damaged, or was saved by another version")
+    say(f"resuming from step {step_of(saved[-1])}")
+    state, history = _state(model, optimizer), read_history(saved[-1])
+    dcp.load(state, checkpoint_id=saved[-1])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
     with ending_together():
         if dist.get_rank() == 0:
-            shutil.copyfile(saved[-1] / "metrics.jsonl", out / "metrics.jsonl")
+            write_whole(out / "metrics.jsonl", (saved[-1] / "metrics.jsonl").read_text())
     return history
 
 
@@ -240,7 +197,7 @@ def report(out: Path, history: list[dict], model: nn.Module, text: Tensor, token
     """The end of a run: pictures, a page that shows where the bytes of a text (n) go, and figures. All ranks run the model, one writes."""
     last = history[-1]
     page = routing_page(model, text, last["step"]) if last["load"] else None
-    with ending_together(f": nothing is lost, and --resume writes pictures and page of {out} again"):
+    with ending_together(f"; nothing is lost, and --resume writes pictures and page of {out} again"):
         if dist.get_rank() == 0:
             plot_training(history, out / "training.png")
             if page is not None:

@@ -8,7 +8,7 @@
 
 The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation), training.png, load.png, and routing.html,
 which colours a text by the experts that its bytes went to. Beside this file, language_model.py is the transformer around the sparse
-layers, runs.py what is not about training: processes, output directory, checkpoints and pictures.
+layers, processes.py what several processes do together, and runs.py what is not about training: directory, checkpoints, pictures.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from language_model import HEAD_DIM, DenseBlock, LanguageModel
 from options import Options, option, parse
+from processes import mean_over_ranks, processes, say, started_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -65,12 +66,12 @@ class Settings(Options):
             raise ValueError(f"--experts must be at least {TOP_N}, the choices of a token, got {self.experts}")
         if not self.prompt:
             raise ValueError("--prompt must not be empty")
-        if self.expert_parallel and (self.dense or not runs.started_processes()):
+        if self.expert_parallel and (self.dense or not started_processes()):
             raise ValueError(
                 "--expert-parallel needs a sparse model, and torchrun to start it: torchrun --nproc-per-node 2 train_lm.py ..."
             )
-        if self.expert_parallel and self.batch % runs.started_processes():
-            raise ValueError(f"--batch must be a multiple of the {runs.started_processes()} processes, got {self.batch}")
+        if self.expert_parallel and self.batch % started_processes():
+            raise ValueError(f"--batch must be a multiple of the {started_processes()} processes, got {self.batch}")
 
 
 def build_model(settings: Settings) -> LanguageModel:
@@ -90,23 +91,27 @@ def windows(text: Tensor, starts: Tensor, settings: Settings) -> tuple[Tensor, T
     return window[:, :-1], window[:, 1:]
 
 
-def training_batch(text: Tensor, step: int, settings: Settings, top_n: int = TOP_N) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's inputs and targets, and for each layer the uniform numbers (b n k) that decide its random routing.
-
-    They depend on step and seed alone, so that a resumed run sees what it would have seen. Every rank draws for all of them and takes its
-    part, so that training goes the same way on any number of ranks.
-    """
+def training_batch(text: Tensor, step: int, settings: Settings) -> tuple[Tensor, Tensor]:
+    """This rank's part of a step's batch. All draws of a step depend on step and seed alone: a resumed run sees what it would have seen."""
     torch.manual_seed(settings.seed * 1_000_003 + step)
     starts = torch.randint(len(text) - settings.seq_len, (settings.batch,))
-    draws = torch.rand(settings.depth, settings.batch, settings.seq_len, top_n)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    return *windows(text, starts.chunk(ranks)[rank], settings), draws.chunk(ranks, dim=1)[rank].to(settings.device)
+    return windows(text, starts.chunk(dist.get_world_size())[dist.get_rank()], settings)
 
 
-def compute_loss(model: nn.Module, inputs: Tensor, targets: Tensor, draws: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Mean loss of a batch in nats per byte, and the auxiliary loss."""
+def routing_draws(settings: Settings) -> Tensor:
+    """For each layer, the uniform numbers (b n k) that decide the random routing of this rank's part of a batch.
+
+    They are drawn for the batches of all ranks, so that training goes the same way on any number of them.
+    """
+    draws = torch.rand(settings.depth, settings.batch, settings.seq_len, TOP_N)
+    return draws.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].to(settings.device)
+
+
+def compute_loss(model: nn.Module, batch: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, Tensor]:
+    """Mean loss of a batch in nats per byte, and the auxiliary loss. batch: inputs and targets and, if not drawn anew, draws."""
+    inputs, targets, *draws = batch
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.autocast):
-        logits, aux_loss = model(inputs, draws)
+        logits, aux_loss = model(inputs, *draws)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), aux_loss
 
 
@@ -116,9 +121,9 @@ def evaluate(model: nn.Module, text: Tensor, settings: Settings) -> float:
     model.eval()
     starts = torch.linspace(0, len(text) - settings.seq_len - 1, EVAL_BATCHES * settings.batch, dtype=torch.float64).long()
     mine = starts.view(EVAL_BATCHES, dist.get_world_size(), -1)[:, dist.get_rank()]
-    losses = [compute_loss(model, *windows(text, part, settings), None, settings)[0] for part in mine]
+    losses = [compute_loss(model, windows(text, part, settings), settings)[0] for part in mine]
     model.train()
-    return runs.mean_over_ranks(torch.stack(losses).double().mean()).item() / math.log(2)
+    return mean_over_ranks(torch.stack(losses).double().mean()).item() / math.log(2)
 
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -141,7 +146,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tens
     """One step of training; returns the loss of its batch in bits per byte."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss, aux_loss = compute_loss(model, *batch, settings)
+    loss, aux_loss = compute_loss(model, batch, settings)
     optimizer.zero_grad()
     (loss + aux_loss).backward()
     clip_grad_norm_(model, 1.0)
@@ -149,7 +154,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tens
     return loss.item() / math.log(2)
 
 
-def train(model: LanguageModel, texts: tuple[Tensor, Tensor], settings: Settings) -> list[dict]:
+def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list[dict]:
     """Train to the end, from the last checkpoint on if there is one, and return the history: a record per evaluation."""
     parallel = data_parallel(shard_experts(model)) if settings.expert_parallel else model
     optimizer = build_optimizer(model, settings.lr)
@@ -158,7 +163,7 @@ def train(model: LanguageModel, texts: tuple[Tensor, Tensor], settings: Settings
     start, bits, routed = time.perf_counter(), [], []
     with tqdm(total=settings.steps, initial=last["step"], unit="step", dynamic_ncols=True, disable=dist.get_rank() > 0) as progress:
         for step in range(last["step"], settings.steps):
-            batch = training_batch(texts[0], step, settings)
+            batch = *training_batch(texts[0], step, settings), routing_draws(settings)
             with nullcontext({}) if settings.dense else record_routing(model) as routings:
                 bits.append(update(parallel, optimizer, batch, learning_rate(step, settings), settings))
             routed.append(routing_stats(routings))
@@ -170,28 +175,28 @@ def train(model: LanguageModel, texts: tuple[Tensor, Tensor], settings: Settings
             last = {
                 "step": step + 1,
                 "train_seconds": last["train_seconds"] + time.perf_counter() - start,
-                "train_bits": runs.mean_over_ranks(torch.tensor(bits, dtype=torch.float64)).mean().item(),
+                "train_bits": mean_over_ranks(torch.tensor(bits, dtype=torch.float64)).mean().item(),
                 "validation_bits": evaluate(model, texts[1], settings),
                 **runs.routing_metrics(routed),
             }
             history.append(last)
             runs.save(settings.out, history, model, optimizer)
-            runs.say("step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation".format(**last))
+            say("step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation".format(**last))
             start, bits, routed = time.perf_counter(), [], []
     return history
 
 
 def main() -> None:
     settings = parse(Settings, __doc__)
-    with runs.processes(settings.device, settings.expert_parallel):
+    with processes(settings.device, settings.expert_parallel):
         texts = runs.read_corpus(settings.text, settings.seq_len)
         with runs.directory(settings.out, settings, texts, resume=settings.resume):
             model = build_model(settings).to(settings.device)
-            runs.say(model.describe(settings.seq_len))
+            say(model.describe(settings.seq_len))
             history = train(model, texts, settings)
             sample = model.generate(settings.prompt.encode(), settings.seed, settings.seq_len)
             runs.report(settings.out, history, model, texts[1][: settings.seq_len], settings.batch * settings.seq_len)
-            runs.say(f"\n{runs.printable(sample)}")
+            say(f"\n{runs.printable(sample)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import runs
 import torch
 from language_model import DenseBlock, LanguageModel
 from options import option, parse
+from processes import processes
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_lm import TOP_N, Settings, build_optimizer, evaluate, learning_rate, training_batch, update
@@ -42,9 +43,9 @@ class WithAuxLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with collect_aux_losses() as aux:
-            logits, _ = self.model(x, draws)
+            logits, _ = self.model(x)
         return logits, aux.total
 
 
@@ -82,9 +83,8 @@ def compare(settings: Upcycling, texts: list[Tensor]) -> dict[str, float]:
     with record_routing(sparse) as records:
         evaluate(sparse, texts[1], settings)
     warn_of_collapse(routing_stats(records))
-    print(
-        f"seed {settings.seed}: {start:.3f} bits per byte after {first} steps of the dense model, {upcycled:.3f} upcycled, before it goes on"
-    )
+    before = f"{start:.3f} bits per byte after {first} steps of the dense model, {upcycled:.3f} upcycled, before it goes on"
+    print(f"seed {settings.seed}: {before}")
     print(f"    {settings.more_steps} steps later: {dense_bits:.3f} dense, {sparse_bits:.3f} sparse")
     print(f"    which took {sparse_seconds / dense_seconds:.2f} times as long; {longer_bits:.3f} dense in that time")
     return {"before": start, "sparse": sparse_bits, "dense, equal steps": dense_bits, "dense, equal time": longer_bits}
@@ -93,7 +93,7 @@ def compare(settings: Upcycling, texts: list[Tensor]) -> dict[str, float]:
 def main() -> None:
     sizes = ("experts", "batch", "seq_len", "dim", "depth", "lr")
     settings = parse(Upcycling, __doc__, only=("seeds", "steps", "more_steps", "noise", *sizes))
-    with runs.processes():
+    with processes():
         texts = runs.read_corpus(settings.text, settings.seq_len)
         results = [compare(replace(settings, seed=seed), texts) for seed in settings.seeds]
     for name in results[0]:
