@@ -104,3 +104,56 @@ def test_the_page_shows_the_row_that_is_asked_for(records):
     first, second = (text_page(TOKENS, records, row=row) for row in (0, 1))
     assert ", padding" not in first
     assert second.count(", padding") == 2  # both choices of the last token of the first layer
+
+
+def test_the_page_has_a_heading_and_says_how_to_read_it(records):
+    assert "<h1>Where tokens go</h1>" in text_page(TOKENS, records)
+    page = text_page(TOKENS, records, title="<b> & co")
+    assert "<title>&lt;b&gt; &amp; co</title>" in page
+    assert "<h1>&lt;b&gt; &amp; co</h1>" in page
+    assert "Point at a token to read all its choices" in page
+
+
+def test_a_history_may_hold_loads_that_were_read_from_a_file(records, tmp_path):
+    stats = routing_stats(records)
+    plot_load({0: stats, 10: stats}, tmp_path / "stats.png")
+    loads = {layer: counted.load().tolist() for layer, counted in stats.items()}
+    plot_load({0: loads, 10: loads}, tmp_path / "loads.png")
+    assert (tmp_path / "stats.png").read_bytes() == (tmp_path / "loads.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("draw", "nothing", "message"),
+    [
+        (plot_load, {}, "history must not be empty"),
+        (plot_load, {10: {}}, "history must not be empty, got nothing of 10"),
+        (plot_drops, {}, "stats must not be empty.*: run the model inside record_routing"),
+        (plot_gates, {}, "records must not be empty.*: run the model inside record_routing"),
+        (plot_gates, {"first": []}, "records must not be empty, got nothing of 'first'"),
+        (plot_plans, {}, "plans must not be empty"),
+        (lambda records, _: text_page(TOKENS, records), {}, "records must not be empty"),
+        (lambda records, _: text_page(TOKENS, records), {"first": []}, "records must not be empty, got nothing of 'first'"),
+    ],
+)
+def test_pictures_of_nothing_are_refused(draw, nothing, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw(nothing, tmp_path / "nothing.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [1, 2, 6])
+def test_the_legend_of_plans_hides_no_bar(records, tmp_path, monkeypatch, settings):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plans = plan(MoE(8, 4), records["first"], {f"factor {factor}": {"capacity_factor_eval": factor} for factor in range(1, settings + 1)})
+    plot_plans(plans, tmp_path / "plans.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    bars = [bar.get_window_extent() for bar in figure.axes[0].patches]
+    assert len(bars) == 2 * settings
+    assert legend.y0 >= max(bar.y1 for bar in bars)
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y1 <= figure.bbox.y1

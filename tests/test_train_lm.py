@@ -72,6 +72,20 @@ def finished(run, text, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def half(run, text, tmp_path_factory):
+    """The directory of a run that was stopped at step 4, which nobody changes."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    run_until(4, run, "--text", text, "--out", out)
+    return out
+
+
+@pytest.fixture
+def stopped(half, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(half, tmp_path / "stopped")
+
+
 @pytest.fixture
 def ended(finished, tmp_path):
     """A copy of it, to change."""
@@ -242,12 +256,11 @@ def test_damaged_metrics_are_written_anew_from_the_checkpoint(run, ended, text, 
     assert path.read_text() == whole
 
 
-def test_a_run_goes_on_from_its_checkpoint_when_its_metrics_were_deleted(run, tmp_path, finished, text, capsys):
-    run_until(4, run, "--text", text, "--out", tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    run_until(6, run, "--text", text, "--out", tmp_path, "--resume")
+def test_a_run_goes_on_from_its_checkpoint_when_its_metrics_were_deleted(run, stopped, finished, text, capsys):
+    (stopped / "metrics.jsonl").unlink()
+    run_until(6, run, "--text", text, "--out", stopped, "--resume")
     assert "resuming from step 4" in capsys.readouterr().out
-    assert numbers(tmp_path) == numbers(finished)
+    assert numbers(stopped) == numbers(finished)
 
 
 def run_until(step, run, *arguments):
@@ -318,10 +331,8 @@ def full_disk(*_):
         ("routing.html", "resuming from step 6"),
     ],
 )
-def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, finished, text, capsys, monkeypatch, at, then):
-    runs, out = importlib.import_module("runs"), tmp_path / "out"
-    if at != "settings.json":
-        run_until(4, run, "--text", text, "--out", out)
+def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, stopped, finished, text, capsys, monkeypatch, at, then):
+    runs, out = importlib.import_module("runs"), tmp_path / "new" if at == "settings.json" else stopped
     write_whole = runs.write_whole
     with monkeypatch.context() as patch:
         patch.setattr(runs, "write_whole", lambda path, text: (full_disk if path.name == at else write_whole)(path, text))
