@@ -1,4 +1,4 @@
-"""A small transformer on bytes, whose feed-forwards are blocks of any kind. Axes: b batch, n bytes, d width, h heads, k choices."""
+"""A small transformer on bytes, with blocks of any kind. Axes: b batch, n bytes, d width, h heads, k choices."""
 
 from collections.abc import Callable
 
@@ -96,6 +96,8 @@ class LanguageModel(nn.Module):
             wide += active if parameter.ndim > 1 and (is_expert or ".wide." in name) else 0
         total = sum(parameter.numel() for parameter in self.parameters())
         flops = 2 * used + 2 * len(self.blocks) * self.embedding.embedding_dim * seq_len
-        kind, where = ("sparse", f"{layers[0].gate.top_n} of {layers[0].num_experts} experts") if layers else ("dense", "wide layers")
+        kind, where = "dense", "wide layers"
+        if layers:
+            kind, where = "sparse", f"{layers[0].gate.top_n} of {layers[0].num_experts} experts"
         cost = f"{used:,.0f} used by a token; {flops / 1e6:.2f} MFLOPs forward, {2 * wide / 1e6:.2f} of them in {where}"
         return f"{kind}: {total:,} parameters, {cost}"

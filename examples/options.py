@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 
 def option(default: Any, help: str, *, positive: bool = True, **how: Any) -> Any:
-    """A field of `Options`: its default, what --help says of it, whether a number has to be above 0; how: as of `add_argument`."""
+    """A field of `Options`: its default, what --help says, whether a number must be above 0, and more for argparse."""
     return field(default=default, metadata={"help": help, "positive": positive, "how": how})
 
 
@@ -28,12 +28,19 @@ T = TypeVar("T", bound=Options)
 
 def parse(options: type[T], doc: str, only: Sequence[str] | None = None) -> T:
     """Read options from the command line: all of them, or only some."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults_too = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=defaults_too)
     for each in fields(options):
         if only is None or each.name in only:
-            kind = {"nargs": "+"} if get_origin(each.type) is tuple else {}
-            kind |= {"action": "store_true"} if each.type is bool else {"type": next(iter(get_args(each.type)), each.type)}
-            parser.add_argument(_flag(each.name), default=each.default, help=each.metadata["help"], **kind, **each.metadata["how"])
+            how = dict(each.metadata["how"], default=each.default, help=each.metadata["help"])
+            if each.type is bool:
+                how["action"] = "store_true"
+            else:
+                # of Path | None and tuple[int, ...], the first
+                how["type"] = next(iter(get_args(each.type)), each.type)
+            if get_origin(each.type) is tuple:
+                how["nargs"] = "+"
+            parser.add_argument(_flag(each.name), **how)
     try:
         return options(**vars(parser.parse_args()))
     except ValueError as error:

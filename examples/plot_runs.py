@@ -55,7 +55,8 @@ def main() -> None:
     try:
         kinds = kinds_of_runs(runs)
     except ValueError as error:
-        raise SystemExit(f"plot_runs.py: {error}; train_lm.py --resume writes the metrics of a run anew from its checkpoint") from None
+        way_out = "train_lm.py --resume writes the metrics of a run anew from its checkpoint"
+        raise SystemExit(f"plot_runs.py: {error}; {way_out}") from None
     if not kinds:
         raise SystemExit("plot_runs.py: no run of train_lm.py that ended is among these directories")
     print_comparison(kinds)

@@ -27,7 +27,7 @@ def processes(device: str = "cpu", several: bool = False) -> Iterator[None]:
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            raise SystemExit(f"--device cuda needs a GPU for every process, and there are {torch.cuda.device_count()} here")
+            raise SystemExit(f"--device cuda needs a GPU for every process, here are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=5), **alone)
     try:
@@ -44,7 +44,7 @@ def say(text: str, **where: Any) -> None:
 
 @contextmanager
 def ending_together(way_out: str = "") -> Iterator[None]:
-    """If a rank cannot read or write what it wants to in this block, all ranks end, and one line says why and what to do."""
+    """If a rank cannot read or write in this block, all ranks end, and one line says why and what to do."""
     problem = ""
     try:
         yield

@@ -33,7 +33,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def read_corpus(path: Path | None, seq_len: int) -> list[Tensor]:
-    """Training and validation bytes: a file and its last tenth, or Python's standard library and every 20th file of it."""
+    """Training and validation bytes: a file and its last tenth, or Python's library and every 20th file of it."""
     with ending_together():
         if path is not None:
             content = path.read_bytes()
@@ -41,11 +41,13 @@ def read_corpus(path: Path | None, seq_len: int) -> list[Tensor]:
             parts = content[:cut], content[cut:]
         else:
             root = Path(sysconfig.get_paths()["stdlib"])
-            files = [path.read_bytes() for path in sorted(root.rglob("*.py")) if NOT_SOURCE.isdisjoint(path.relative_to(root).parts)]
+            paths = [path for path in sorted(root.rglob("*.py")) if NOT_SOURCE.isdisjoint(path.relative_to(root).parts)]
+            files = [path.read_bytes() for path in paths]
             parts = b"".join(file for number, file in enumerate(files) if number % 20 != 10), b"".join(files[10::20])
         sizes = [len(part) for part in parts]
         if min(sizes) <= seq_len:
-            raise ValueError(f"text is too short: {sizes[0]} bytes to train on and {sizes[1]} to validate, --seq-len {seq_len} needs more")
+            found = f"{sizes[0]} bytes to train on and {sizes[1]} to validate"
+            raise ValueError(f"text is too short: {found}, --seq-len {seq_len} needs more")
     return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
 
 
@@ -70,19 +72,21 @@ def directory(out: Path, options: Options, texts: list[Tensor], resume: bool) ->
         try:
             yield
         except KeyboardInterrupt:
-            say(f"\nstopped; --resume continues from the checkpoint in {out}, if there was an evaluation yet", file=sys.stderr)
+            way_on = f"--resume continues from the checkpoint in {out}, if there was an evaluation yet"
+            say(f"\nstopped; {way_on}", file=sys.stderr)
             raise SystemExit(1) from None
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """The file tells who holds the directory. What keeps others out is the lock on it, which ends with its process, however that ends."""
+    """A file with the id of the process that holds the directory, and a lock on it, which ends with the process."""
     with open(out / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{out} is in use by process {file.read()}: wait until it ends, or choose another --out") from None
+            holder = f"process {file.read()}"
+            raise ValueError(f"{out} is in use by {holder}: wait until it ends, or choose another --out") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -99,10 +103,12 @@ def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
         try:
             theirs = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is missing or broken ({error}): restore it, or start anew with another --out") from None
-        different = [f"{name} was {theirs.get(name)}, is now {value}" for name, value in settings.items() if theirs.get(name) != value]
+            way_out = "restore it, or start anew with another --out"
+            raise ValueError(f"{path} is missing or broken ({error}): {way_out}") from None
+        different = [name for name, value in settings.items() if theirs.get(name) != value]
         if different:
-            raise ValueError(f"{out} holds a run with other settings: {'; '.join(different)}")
+            changes = [f"{name} was {theirs.get(name)}, is now {settings[name]}" for name in different]
+            raise ValueError(f"{out} holds a run with other settings: {'; '.join(changes)}")
     else:
         write_whole(path, json.dumps(settings))
     for half_saved in out.glob("checkpoint-*.tmp"):
@@ -127,7 +133,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
 
 
 def save(out: Path, history: list[dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Save a checkpoint with the history in it. It gets its name, and takes the place of the last one, when all ranks have written it."""
+    """Save a checkpoint with the history in it. It gets its name, and replaces the last one, when it is complete."""
     step, lines = history[-1]["step"], "".join(json.dumps(record) + "\n" for record in history)
     temporary = out / f"checkpoint-{step}.tmp"
     way_out = f"; step {step} was not saved; make room, and --resume goes on from the checkpoint before it"
@@ -187,14 +193,18 @@ def read_history(directory: Path) -> list[dict]:
 
 
 def routing_metrics(stats: list[dict[str, RoutingStats]]) -> dict[str, dict]:
-    """By layer, over steps and ranks: each expert's share of the choices asked for; the shares of all choices dropped, or not asked for."""
+    """What routers did, by layer, over steps and ranks.
+
+    load: each expert's share of the choices asked for. dropped, not_asked: shares of all choices.
+    """
     layers = {name: sum((step[name] for step in stats[1:]), stats[0][name]).over_ranks() for name in stats[0]}
-    shares = {figure: {name: layer.scalars()[figure] for name, layer in layers.items()} for figure in ("dropped", "not_asked")}
+    scalars = {name: layer.scalars() for name, layer in layers.items()}
+    shares = {key: {name: figures[key] for name, figures in scalars.items()} for key in ("dropped", "not_asked")}
     return {"load": {name: layer.load().tolist() for name, layer in layers.items()}, **shares}
 
 
 def report(out: Path, history: list[dict], model: nn.Module, text: Tensor, tokens_per_step: int) -> None:
-    """The end of a run: pictures, a page that shows where the bytes of a text (n) go, and figures. All ranks run the model, one writes."""
+    """The end of a run: pictures, figures, and a page that shows where the bytes of a text (n) go."""
     last = history[-1]
     page = routing_page(model, text, last["step"]) if last["load"] else None
     with ending_together(f"; nothing is lost, and --resume writes pictures and page of {out} again"):
@@ -221,7 +231,7 @@ def routing_page(model: nn.Module, text: Tensor, step: int) -> str:
 
 
 def printable(content: bytes) -> str:
-    """Text that no terminal acts on: control characters, but for ends of lines and tabs, and bytes that are no text are escaped."""
+    """Text that no terminal acts on: control characters and what is no text are escaped; lines and tabs stay."""
     text = content.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
@@ -233,15 +243,18 @@ def plot_training(history: list[dict], path: Path) -> None:
     curves, *others = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]
     curves.plot(steps, [record["train_bits"] for record in history], color="0.6", label="training")
     curves.plot(steps, [record["validation_bits"] for record in history], color="black", label="validation")
-    curves.set(title=f"Loss: {history[-1]['validation_bits']:.2f} bits per byte in validation", xlabel="step", ylabel="bits per byte")
+    title = f"Loss: {history[-1]['validation_bits']:.2f} bits per byte in validation"
+    curves.set(title=title, xlabel="step", ylabel="bits per byte")
     curves.legend(frameon=False)
     for unused in others:
-        for name, style, reason in (("dropped", "-", "dropped, expert full"), ("not_asked", "--", "not asked for, by policy")):
+        reasons = {"dropped": ("-", "dropped, expert full"), "not_asked": ("--", "not asked for, by policy")}
+        for name, (style, reason) in reasons.items():
             for color, layer in enumerate(layers):
                 shares = [record[name][layer] for record in history]
                 unused.plot(steps, shares, style, color=f"C{color}", label=f"{layer}: {reason}")
         unused.yaxis.set_major_formatter(PercentFormatter(1))
-        unused.set(title="Choices that reached no expert, in training", xlabel="step", ylabel="share of all choices", ylim=(0, None))
+        unused.set(title="Choices that reached no expert, in training", xlabel="step", ylabel="share of all choices")
+        unused.set_ylim(0, None)
         unused.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=100)
 

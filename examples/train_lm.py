@@ -1,14 +1,17 @@
-"""Train a byte-level language model with sparse layers and see what its routers do. Needs `pip install 'st-moe-pytorch[examples]'`.
+"""Train a byte-level language model with sparse layers and see what its routers do.
 
-    python examples/train_lm.py                              # on the source of Python's standard library, minutes on 2 CPU cores
+    pip install 'st-moe-pytorch[examples]'
+    python examples/train_lm.py                              # on the source of Python's library, minutes on 2 cores
     python examples/train_lm.py --dense --out runs/dense     # the baseline: as much compute per token, no routing
     python examples/train_lm.py --text book.txt --out runs/book --prompt "Once "
-    python examples/train_lm.py --resume                     # continue a run that was stopped or killed, with the very same numbers
+    python examples/train_lm.py --resume                     # continue a stopped or killed run, to the same numbers
     torchrun --nproc-per-node 2 examples/train_lm.py --expert-parallel      # the same model over two processes
 
-The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation), training.png, load.png, and routing.html,
-which colours a text by the experts that its bytes went to. Beside this file, language_model.py is the transformer around the sparse
-layers, processes.py what several processes do together, and runs.py what is not about training: directory, checkpoints, pictures.
+The output directory gets settings.json, a checkpoint, metrics.jsonl (a line per evaluation), training.png, load.png and
+routing.html, which colours a text by the experts that its bytes went to.
+
+Beside this file: language_model.py is the transformer around the sparse layers, processes.py what several processes do
+together, runs.py what is not about training, such as directories, checkpoints and pictures.
 """
 
 import math
@@ -25,6 +28,7 @@ from options import Options, option, parse
 from processes import mean_over_ranks, processes, say, started_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from st_moe_pytorch import MoE, SparseMoEBlock
@@ -43,7 +47,7 @@ class Settings(Options):
     resume: bool = option(False, "continue the run in --out from its last checkpoint, if it has one")
     device: str = option("cpu", "where to compute; with cuda, every process has a GPU", choices=("cpu", "cuda"))
     expert_parallel: bool = option(False, "spread experts and batches over the processes that torchrun starts")
-    text: Path | None = option(None, "file to train on, whose last tenth is for validation, instead of Python's standard library")  # noqa: RUF009
+    text: Path | None = option(None, "file to train on, its last tenth to validate, instead of Python's library")  # noqa: RUF009
     dense: bool = option(False, f"one feed-forward, {TOP_N} times as wide, in place of the {TOP_N} experts of a token")
     autocast: bool = option(False, "compute in bfloat16 where that is safe")
     seed: int = option(0, "decides initial weights, order of the data and random routing", positive=False)
@@ -67,9 +71,8 @@ class Settings(Options):
         if not self.prompt:
             raise ValueError("--prompt must not be empty")
         if self.expert_parallel and (self.dense or not started_processes()):
-            raise ValueError(
-                "--expert-parallel needs a sparse model, and torchrun to start it: torchrun --nproc-per-node 2 train_lm.py ..."
-            )
+            how = "torchrun --nproc-per-node 2 train_lm.py --expert-parallel"
+            raise ValueError(f"--expert-parallel needs a sparse model, and torchrun to start it: {how}")
         if self.expert_parallel and self.batch % started_processes():
             raise ValueError(f"--batch must be a multiple of the {started_processes()} processes, got {self.batch}")
 
@@ -92,7 +95,7 @@ def windows(text: Tensor, starts: Tensor, settings: Settings) -> tuple[Tensor, T
 
 
 def training_batch(text: Tensor, step: int, settings: Settings) -> tuple[Tensor, Tensor]:
-    """This rank's part of a step's batch. All draws of a step depend on step and seed alone: a resumed run sees what it would have seen."""
+    """This rank's part of a step's batch. It depends on step and seed alone, so that a resumed run sees the same."""
     torch.manual_seed(settings.seed * 1_000_003 + step)
     starts = torch.randint(len(text) - settings.seq_len, (settings.batch,))
     return windows(text, starts.chunk(dist.get_world_size())[dist.get_rank()], settings)
@@ -101,14 +104,15 @@ def training_batch(text: Tensor, step: int, settings: Settings) -> tuple[Tensor,
 def routing_draws(settings: Settings) -> Tensor:
     """For each layer, the uniform numbers (b n k) that decide the random routing of this rank's part of a batch.
 
-    They are drawn for the batches of all ranks, so that training goes the same way on any number of them.
+    They follow `training_batch`, which has seeded them. Every rank draws those of all ranks and takes its part, so that
+    training goes the same way on any number of them.
     """
     draws = torch.rand(settings.depth, settings.batch, settings.seq_len, TOP_N)
     return draws.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].to(settings.device)
 
 
 def compute_loss(model: nn.Module, batch: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, Tensor]:
-    """Mean loss of a batch in nats per byte, and the auxiliary loss. batch: inputs and targets and, if not drawn anew, draws."""
+    """Mean loss in nats per byte and auxiliary loss of a batch: inputs, targets and, if not drawn anew, draws."""
     inputs, targets, *draws = batch
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.autocast):
         logits, aux_loss = model(inputs, *draws)
@@ -119,14 +123,15 @@ def compute_loss(model: nn.Module, batch: tuple[Tensor, ...], settings: Settings
 def evaluate(model: nn.Module, text: Tensor, settings: Settings) -> float:
     """Bits per byte on the same windows every time, spread evenly over the text."""
     model.eval()
-    starts = torch.linspace(0, len(text) - settings.seq_len - 1, EVAL_BATCHES * settings.batch, dtype=torch.float64).long()
+    count, last = EVAL_BATCHES * settings.batch, len(text) - settings.seq_len - 1
+    starts = torch.linspace(0, last, count, dtype=torch.float64).long()
     mine = starts.view(EVAL_BATCHES, dist.get_world_size(), -1)[:, dist.get_rank()]
     losses = [compute_loss(model, windows(text, part, settings), settings)[0] for part in mine]
     model.train()
     return mean_over_ranks(torch.stack(losses).double().mean()).item() / math.log(2)
 
 
-def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, lr: float) -> Optimizer:
     """AdamW that decays matrices, but not norms, biases and embeddings."""
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     ids = set(map(id, matrices))
@@ -142,7 +147,7 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * (min((step + 1) / warmup, 1) if progress < 0 else 0.525 + 0.475 * math.cos(math.pi * progress))
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], lr: float, settings: Settings) -> float:
+def update(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, ...], lr: float, settings: Settings) -> float:
     """One step of training; returns the loss of its batch in bits per byte."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -155,13 +160,14 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tens
 
 
 def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list[dict]:
-    """Train to the end, from the last checkpoint on if there is one, and return the history: a record per evaluation."""
+    """Train to the end, from the last checkpoint on, and return the history: a record per evaluation."""
     parallel = data_parallel(shard_experts(model)) if settings.expert_parallel else model
     optimizer = build_optimizer(model, settings.lr)
     history = runs.load(settings.out, model, optimizer)
     last = history[-1] if history else {"step": 0, "train_seconds": 0.0}
     start, bits, routed = time.perf_counter(), [], []
-    with tqdm(total=settings.steps, initial=last["step"], unit="step", dynamic_ncols=True, disable=dist.get_rank() > 0) as progress:
+    bar = {"total": settings.steps, "unit": "step", "dynamic_ncols": True, "disable": dist.get_rank() > 0}
+    with tqdm(initial=last["step"], **bar) as progress:
         for step in range(last["step"], settings.steps):
             batch = *training_batch(texts[0], step, settings), routing_draws(settings)
             with nullcontext({}) if settings.dense else record_routing(model) as routings:
@@ -181,7 +187,8 @@ def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list
             }
             history.append(last)
             runs.save(settings.out, history, model, optimizer)
-            say("step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation".format(**last))
+            told = "step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation"
+            say(told.format(**last))
             start, bits, routed = time.perf_counter(), [], []
     return history
 

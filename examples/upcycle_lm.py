@@ -49,21 +49,32 @@ class WithAuxLosses(nn.Module):
         return logits, aux.total
 
 
-def train(model: nn.Module, texts: list[Tensor], settings: Upcycling, steps: int, first: int, name: str) -> tuple[float, float]:
+def train(
+    model: nn.Module,
+    texts: list[Tensor],
+    settings: Upcycling,
+    steps: int,
+    first: int,
+    name: str,
+) -> tuple[float, float]:
     """Train for some steps, on batches from the first one on; bits per byte in validation, and seconds of training."""
     model = WithAuxLosses(model)
     optimizer = build_optimizer(model, settings.lr)
     schedule = replace(settings, steps=steps)
     start = time.perf_counter()
     for step in tqdm(range(steps), desc=name, leave=False):
-        update(model, optimizer, training_batch(texts[0], first + step, settings), learning_rate(step, schedule), settings)
+        batch = training_batch(texts[0], first + step, settings)
+        update(model, optimizer, batch, learning_rate(step, schedule), settings)
     seconds = time.perf_counter() - start
     return evaluate(model, texts[1], settings), seconds
 
 
 def upcycle(dense: nn.Module, settings: Upcycling) -> nn.Module:
     """The sparse model that computes what the dense one does."""
-    make = lambda ffn: MoE.from_dense(ffn, settings.dim, settings.experts, noise=settings.noise, gating_top_n=TOP_N)  # noqa: E731
+
+    def make(ffn: nn.Module) -> MoE:
+        return MoE.from_dense(ffn, settings.dim, settings.experts, noise=settings.noise, gating_top_n=TOP_N)
+
     return sparsify(copy.deepcopy(dense), "blocks.*.wide", make)
 
 
@@ -83,8 +94,8 @@ def compare(settings: Upcycling, texts: list[Tensor]) -> dict[str, float]:
     with record_routing(sparse) as records:
         evaluate(sparse, texts[1], settings)
     warn_of_collapse(routing_stats(records))
-    before = f"{start:.3f} bits per byte after {first} steps of the dense model, {upcycled:.3f} upcycled, before it goes on"
-    print(f"seed {settings.seed}: {before}")
+    before = f"{start:.3f} bits per byte after {first} steps of the dense model"
+    print(f"seed {settings.seed}: {before}, {upcycled:.3f} upcycled, before it goes on")
     print(f"    {settings.more_steps} steps later: {dense_bits:.3f} dense, {sparse_bits:.3f} sparse")
     print(f"    which took {sparse_seconds / dense_seconds:.2f} times as long; {longer_bits:.3f} dense in that time")
     return {"before": start, "sparse": sparse_bits, "dense, equal steps": dense_bits, "dense, equal time": longer_bits}

@@ -132,7 +132,7 @@ def test_a_history_may_hold_loads_that_were_read_from_a_file(records, tmp_path):
         (plot_gates, {"first": []}, "records must not be empty, got nothing of 'first'"),
         (plot_plans, {}, "plans must not be empty"),
         (lambda records, _: text_page(TOKENS, records), {}, "records must not be empty"),
-        (lambda records, _: text_page(TOKENS, records), {"first": []}, "records must not be empty, got nothing of 'first'"),
+        (lambda records, _: text_page(TOKENS, records), {"first": []}, "got nothing of 'first'"),
     ],
 )
 def test_pictures_of_nothing_are_refused(draw, nothing, message, tmp_path):
@@ -147,8 +147,8 @@ def test_the_legend_of_plans_hides_no_bar(records, tmp_path, monkeypatch, settin
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    plans = plan(MoE(8, 4), records["first"], {f"factor {factor}": {"capacity_factor_eval": factor} for factor in range(1, settings + 1)})
-    plot_plans(plans, tmp_path / "plans.png")
+    asked = {f"factor {factor}": {"capacity_factor_train": factor} for factor in range(1, settings + 1)}
+    plot_plans(plan(MoE(8, 4), records["first"], asked), tmp_path / "plans.png")
     (figure,) = drawn
     figure.draw_without_rendering()
     legend = figure.axes[0].get_legend().get_window_extent()
