@@ -72,6 +72,7 @@ def test_page_tells_every_choice_of_every_token(records, row):
         assert [text for text, _ in section] == TOKENS
         routing = routings[0]
         for place, (_, title) in enumerate(section):
+            assert len(title.splitlines()) == routing.indices.shape[-1]
             for rank, line in enumerate(title.splitlines()):
                 expert, gate, fate = re.fullmatch(r"expert (\d): gate ([\d.]+), (.*)", line).groups()
                 at = row, place, rank

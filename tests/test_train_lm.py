@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from st_moe_pytorch.tools.watch import record_routing
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_lm.py"
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TINY = ["--steps=6", "--eval-every=2", "--batch=2", "--seq-len=16", "--dim=32", "--depth=1", "--experts=4"]
@@ -362,3 +364,44 @@ def test_a_sample_cannot_act_on_the_terminal(run):
     assert printable("a\tb\n\x1b[31m\r\x00\x7f\x9b\u202eü\U0001f600".encode() + b"\xff") == (
         "a\tb\n\\x1b[31m\\r\\x00\\x7f\\x9b\\u202eü\U0001f600\\xff"
     )
+
+
+def test_a_half_written_file_does_not_replace_the_one_that_is_there(run, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        importlib.import_module("runs").write_whole(path, "no text can have this: \ud800")
+    assert path.read_text() == "before"
+
+
+def test_random_routing_follows_the_draws_of_its_layer(run):
+    train_lm = importlib.import_module("train_lm")
+    model = train_lm.build_model(train_lm.Settings(dim=32, experts=4))
+    for block in model.blocks:
+        block.moe.gate.to_gates.weight.data.mul_(30)  # many second choices below the threshold
+    x = torch.randint(256, (2, 64))
+    draws = torch.stack((torch.zeros(2, 64, 2), torch.full((2, 64, 2), 0.999)))
+    for order in ([0, 1], [1, 0]):
+        with record_routing(model) as routings:
+            model(x, draws[order])
+        asked = [float(routing.asked.float().mean()) for (routing,) in routings.values()]
+        assert asked[order.index(0)] == 1
+        assert asked[order.index(1)] < 0.9
+
+
+def test_batches_and_draws_are_the_same_over_any_number_of_ranks(run, monkeypatch):
+    train_lm = importlib.import_module("train_lm")
+    text, settings = torch.randint(256, (1000,), dtype=torch.uint8), train_lm.Settings(batch=4, seq_len=8)
+
+    def parts(ranks):
+        monkeypatch.setattr(train_lm.dist, "get_world_size", lambda: ranks)
+        for rank in range(ranks):
+            monkeypatch.setattr(train_lm.dist, "get_rank", lambda rank=rank: rank)
+            yield *train_lm.training_batch(text, 7, settings), train_lm.routing_draws(settings)
+
+    ((*batch, draws),) = parts(1)
+    assert draws.shape == (2, 4, 8, 2)
+    for ranks in (2, 4):
+        *batches, several = zip(*parts(ranks), strict=True)
+        assert all(map(torch.equal, map(torch.cat, batches), batch))
+        assert torch.equal(torch.cat(several, dim=1), draws)
