@@ -6,18 +6,17 @@ A run's own picture, training.png, is drawn by train_lm.py.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from runs import read_history, spread
+from runs import read_history, read_settings, spread
 
 
 def kinds_of_runs(runs: list[Path]) -> dict[str, list[list[dict]]]:
     """Histories of runs that differ in their seeds only, by what the kinds are called."""
     kinds: dict[str, list[list[dict]]] = {}
     for run in runs:
-        settings = json.loads((run / "settings.json").read_text())
+        settings = read_settings(run)
         history = read_history(run) if (run / "metrics.jsonl").exists() else []
         if history and history[-1]["step"] == settings["steps"]:
             kinds.setdefault(f"{'dense' if settings['dense'] else 'sparse'}, {settings['steps']} steps", []).append(history)
@@ -55,8 +54,7 @@ def main() -> None:
     try:
         kinds = kinds_of_runs(runs)
     except ValueError as error:
-        way_out = "train_lm.py --resume writes the metrics of a run anew from its checkpoint"
-        raise SystemExit(f"plot_runs.py: {error}; {way_out}") from None
+        raise SystemExit(f"plot_runs.py: {error}") from None
     if not kinds:
         raise SystemExit("plot_runs.py: no run of train_lm.py that ended is among these directories")
     print_comparison(kinds)

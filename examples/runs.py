@@ -100,11 +100,7 @@ def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
     if holds_a_run and not resume:
         raise ValueError(f"{out} holds a run: continue it with --resume, or choose another --out")
     if holds_a_run:
-        try:
-            theirs = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            way_out = "restore it, or start anew with another --out"
-            raise ValueError(f"{path} is missing or broken ({error}): {way_out}") from None
+        theirs = read_settings(out)
         different = [name for name, value in settings.items() if theirs.get(name) != value]
         if different:
             changes = [f"{name} was {theirs.get(name)}, is now {settings[name]}" for name in different]
@@ -115,6 +111,15 @@ def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
         shutil.rmtree(half_saved)
     if resume and not saved:
         say(f"{out} has no checkpoint to resume from: starting anew")
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    path = out / "settings.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        way_out = "restore it, or start anew with another --out"
+        raise ValueError(f"{path} is missing or broken ({error}): {way_out}") from None
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -188,7 +193,8 @@ def read_history(directory: Path) -> list[dict]:
         try:
             history.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {number} of {path} is broken ({error})") from None
+            way_out = "train_lm.py --resume writes it anew from the checkpoint"
+            raise ValueError(f"line {number} of {path} is broken ({error}): {way_out}") from None
     return history
 
 
@@ -239,7 +245,7 @@ def printable(content: bytes) -> str:
 def plot_training(history: list[dict], path: Path) -> None:
     """Learning curves and, of a sparse model, what became of the choices."""
     layers, steps = list(history[0]["load"]), [record["step"] for record in history]
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6 + 0.2 * len(layers)), layout="constrained")
     curves, *others = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]
     curves.plot(steps, [record["train_bits"] for record in history], color="0.6", label="training")
     curves.plot(steps, [record["validation_bits"] for record in history], color="black", label="validation")
@@ -255,7 +261,8 @@ def plot_training(history: list[dict], path: Path) -> None:
         unused.yaxis.set_major_formatter(PercentFormatter(1))
         unused.set(title="Choices that reached no expert, in training", xlabel="step", ylabel="share of all choices")
         unused.set_ylim(0, None)
-        unused.legend(frameon=False, fontsize="small")
+        # below, where it hides no curve
+        figure.legend(*unused.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize="small")
     figure.savefig(path, dpi=100)
 
 

@@ -234,6 +234,16 @@ def test_settings_that_cannot_be_read_are_named(run, ended, text, capsys, conten
     assert f"{ended / 'settings.json'} is missing or broken" in line
     assert "restore it, or start anew with another --out" in line
     assert contents(ended) == before
+    if content is not None:
+        assert f"{ended / 'settings.json'} is missing or broken" in complaint_of_plot_runs(ended)
+
+
+def complaint_of_plot_runs(*directories):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["plot_runs.py", *map(str, directories)])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module("plot_runs").main()
+    return end.value.code
 
 
 def test_resuming_says_from_where(run, tmp_path, ended, text, capsys):
@@ -247,15 +257,15 @@ def test_resuming_says_from_where(run, tmp_path, ended, text, capsys):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_metrics_are_written_anew_from_the_checkpoint(run, ended, text, damage, capsys, monkeypatch):
+def test_damaged_metrics_are_written_anew_from_the_checkpoint(run, ended, text, damage):
     path = ended / "metrics.jsonl"
     whole = path.read_text()
     path.unlink()
     if damage == "truncated":
         path.write_text(whole[:-20])
-        monkeypatch.setattr(sys, "argv", ["plot_runs.py", str(ended)])
-        with pytest.raises(SystemExit, match=r"line 3 of .*metrics.jsonl is broken .* --resume writes .* anew"):
-            importlib.import_module("plot_runs").main()
+        told = complaint_of_plot_runs(ended)
+        assert f"line 3 of {path} is broken" in told
+        assert "--resume writes it anew from the checkpoint" in told
     run("--text", text, "--out", ended, "--resume")
     assert path.read_text() == whole
 
