@@ -1,4 +1,4 @@
-"""The README's python blocks for many ranks run, in order, on four of them."""
+"""The python blocks for many ranks, of all pages, run in order on four of them."""
 
 import re
 from pathlib import Path
@@ -10,17 +10,18 @@ import torch.distributed as dist
 
 from st_moe_pytorch import MoE, SparseMoEBlock
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 def run_blocks(rank):
-    section = README.read_text().partition("## Experts on many ranks")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 2
     namespace = {"torch": torch, "MoE": MoE, "SparseMoEBlock": SparseMoEBlock}
-    with patch.object(dist, "init_process_group"):  # these processes have their group
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), namespace)
+    front = (ROOT / "README.md").read_text().partition("## Many ranks")[2].partition("\n## ")[0]
+    for text, count in ((front, 1), ((ROOT / "st_moe_pytorch" / "distributed" / "README.md").read_text(), 1)):
+        blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        assert len(blocks) == count
+        with patch.object(dist, "init_process_group"):  # these processes have their group
+            for block in blocks:
+                exec(compile(block, "page", "exec"), namespace)
     assert namespace["outputs"].shape == (2, 64, 512)
     assert len(list(namespace["model"].moe.experts.experts.children())) == 8
 
