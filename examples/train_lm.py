@@ -15,6 +15,7 @@ together, runs.py what is not about training, such as directories, checkpoints a
 """
 
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def main() -> None:
             model = build_model(settings).to(settings.device)
             say(model.describe(settings.seq_len))
             history = train(model, texts, settings)
-            sample = model.generate(settings.prompt.encode(), settings.seed, settings.seq_len)
+            sample = model.generate(os.fsencode(settings.prompt), settings.seed, settings.seq_len)
             runs.report(settings.out, history, model, texts[1][: settings.seq_len], settings.batch * settings.seq_len)
             say(f"\n{runs.printable(sample)}")
 

@@ -7,7 +7,7 @@ import torch
 from beartype import BeartypeConf, FrozenDict, beartype
 from torch import Tensor, nn
 
-from st_moe_pytorch.compat import is_transformed
+from st_moe_pytorch.compat import is_fake, is_transformed
 
 NUMBERS = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
 typechecked = beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=NUMBERS))
@@ -37,9 +37,9 @@ def check_finite(**numbers: float) -> None:
 
 
 def is_blind(t: Tensor) -> bool:
-    """Whether nothing may depend on the values of tensors: in code that is compiled, exported or traced, and on the meta device."""
+    """Whether nothing may depend on the values of a tensor: in code that is compiled, exported or traced, and where it has none."""
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return is_traced or t.is_meta
+    return is_traced or t.is_meta or is_fake(t)
 
 
 def can_be_looked_at(t: Tensor) -> bool:

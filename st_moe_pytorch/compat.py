@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
@@ -21,6 +23,18 @@ def is_recomputing() -> bool:
 def is_transformed() -> bool:
     """Whether a function of torch.func runs, under which tensors stand for many."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_batched() -> bool:
+    """Whether torch.func.vmap runs, under which the values of tensors cannot be read."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether a tensor has no values though it is not on the meta device, as where shapes are tried out."""
+    return isinstance(t, FakeTensor)
 
 
 def may_be_derived(*tensors: Tensor | float) -> bool:

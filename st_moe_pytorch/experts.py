@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_reentrant_checkpoint
+from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.exchange import ExpertParallel
+from st_moe_pytorch.distributed.exchange import ExpertParallel, refuse_reentrant
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy
@@ -101,7 +101,8 @@ class Experts(nn.Module):
 
     def layout(self, routing: Routing) -> Layout:
         """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at data, in slots."""
-        in_rows = self.parallel is not None or self.is_distributed or not is_blind(routing.indices) or are_alike(self.experts)
+        in_rows = not is_blind(routing.indices) or are_alike(self.experts)
+        in_rows = self.parallel is not None or self.is_distributed or (in_rows and not is_batched())
         return routing.rows() if in_rows else routing.buffers(filled=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,22 +239,6 @@ class _UsedForNothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
-
-
-def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
-    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their gradients."""
-    nodes: list[Any] = [y.grad_fn]
-    seen = {None, *(t.grad_fn for t in inputs)}
-    while nodes:
-        if (node := nodes.pop()) in seen:
-            continue
-        if is_reentrant_checkpoint(node):
-            raise ValueError(
-                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other kind computes "
-                "its gradients apart, where those of the other ranks cannot be added"
-            )
-        seen.add(node)
-        nodes += [node for node, _ in node.next_functions]
 
 
 def may_share_products(t: Tensor) -> bool:

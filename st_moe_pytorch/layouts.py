@@ -186,10 +186,10 @@ class _SumChoices(Function):
         return times(rows, _at_choices(gates, choices)), dgates, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, gates: Tensor, *table: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
         """One by one, for torch.func: the sum itself knows of no batches."""
-        ys, all_gates = ([t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip((y, gates), in_dims[:2], strict=True))
-        return torch.stack([_sum_choices(*pair, *table) for pair in zip(ys, all_gates, strict=True)]), 0
+        each = ([t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip(inputs, in_dims, strict=True))
+        return torch.stack([_sum_choices(*one) for one in zip(*each, strict=True)]), 0
 
 
 class _EagerSumChoices(_SumChoices):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -52,6 +53,25 @@ def test_transforms_are_noticed():
     torch.func.vmap(lambda x: seen.append(compat.is_transformed()) or x)(torch.ones(2))
     assert seen == [True]
     assert not compat.is_transformed()
+
+
+def test_batches_are_told_from_other_transforms():
+    seen = []
+
+    def function(x):
+        seen.append(compat.is_batched())
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(function))(torch.ones(2, 3))
+    torch.func.grad(function)(torch.ones(3))
+    assert seen == [True, False]
+    assert not compat.is_batched()
+
+
+def test_tensors_without_values_are_noticed():
+    with FakeTensorMode():
+        assert compat.is_fake(torch.ones(2))
+    assert not compat.is_fake(torch.ones(2, device="meta"))
 
 
 def test_models_of_transformers_initialise_our_modules_too():

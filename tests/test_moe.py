@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_close, gradients, layer_by_token
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock, TopNGating
 
@@ -419,3 +421,34 @@ def test_block_is_three_residual_steps():
     assert bare.ff_after is None
     assert isinstance(block.ff_after, Expert)
     assert_close(bare(x).outputs, moe(bare.moe_prenorm(x)).outputs + x)
+
+
+def test_gradients_of_each_sample_and_ensembles_by_torch_func():
+    """Under vmap nothing can be read from tensors, and the experts run on slots."""
+    layers = [build(2, 3), build(2, 3)]
+    x, cotangent = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+
+    def loss(parameters, x, cotangent):
+        outputs = functional_call(layers[0], parameters, (x.unsqueeze(0),)).outputs
+        return (outputs[0] * cotangent).sum()
+
+    parameters = {name: p.detach() for name, p in layers[0].named_parameters()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, cotangent)
+    for place in range(4):
+        layers[0].zero_grad()
+        loss(dict(layers[0].named_parameters()), x[place], cotangent[place]).backward()
+        for name, parameter in layers[0].named_parameters():
+            assert_close(found[name][place], parameter.grad, 1e-10)
+    states = [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in layers]
+    stacked = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
+    outputs = torch.func.vmap(lambda state: functional_call(layers[0], state, (x,)).outputs)(stacked)
+    assert_close(outputs, torch.stack([layer(x).outputs for layer in layers]), 1e-10)
+
+
+def test_shapes_can_be_tried_out_without_values():
+    with FakeTensorMode():
+        moe = MoE(16, 4)
+        outputs, loss, *_ = moe(torch.randn(2, 5, 16))
+        (outputs.sum() + loss).backward()
+    assert outputs.shape == (2, 5, 16)
+    assert moe.gate.to_gates.weight.grad.shape == (4, 16)

@@ -4,11 +4,12 @@ Axes: e experts, r ranks, t rows, d width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from st_moe_pytorch.compat import is_reentrant_checkpoint
 from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts
 from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient
 from st_moe_pytorch.distributed.placement import Placement
@@ -166,3 +167,19 @@ class Exchange(NamedTuple):
         strategy = self.parallel.strategy
         send = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         return send(rows, traffic, self.parallel.channel)
+
+
+def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
+    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their gradients."""
+    nodes: list[Any] = [y.grad_fn]
+    seen = {None, *(t.grad_fn for t in inputs)}
+    while nodes:
+        if (node := nodes.pop()) in seen:
+            continue
+        if is_reentrant_checkpoint(node):
+            raise ValueError(
+                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other kind computes "
+                "its gradients apart, where those of the other ranks cannot be added"
+            )
+        seen.add(node)
+        nodes += [node for node, _ in node.next_functions]
