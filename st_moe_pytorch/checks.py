@@ -1,17 +1,33 @@
 """Checks of what users pass in. Every error names the argument, its value and the fix; nothing is changed before it is raised."""
 
 import math
-from typing import Any, SupportsFloat, SupportsIndex
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
-from beartype import BeartypeConf, FrozenDict, beartype
 from torch import Tensor, nn
 
 from st_moe_pytorch.compat import is_fake, is_transformed
 
-NUMBERS = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
-typechecked = beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=NUMBERS))
-"""Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def typechecked(function: F) -> F:
+    """Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
+
+    @cache
+    def checked() -> Callable[..., Any]:  # at the first call, since importing beartype takes as long as importing this package
+        from beartype import BeartypeConf, FrozenDict, beartype
+
+        numbers = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
+        return beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=numbers))(function)
+
+    @wraps(function)
+    def first_checked(*args: Any, **kwargs: Any) -> Any:
+        return checked()(*args, **kwargs)
+
+    return first_checked  # pyright: ignore[reportReturnType]
 
 
 def check_positive(**sizes: int | float | None) -> None:

@@ -142,6 +142,8 @@ def run_killed(*command):
     assert "Signal 9" in process.stderr or process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_killed_run_resumes_to_the_same_numbers_on_any_number_of_processes(run, tmp_path, finished, text):
     die = tmp_path / "die.py"
     die.write_text(DIE_WITH_A_CHECKPOINT_HALF_SAVED)
@@ -186,6 +188,8 @@ def test_a_missing_text_is_one_line(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_all_processes_end_when_the_first_finds_that_it_cannot_go_on(ended, text):
     process = run_alone(*TWO_PROCESSES, SCRIPT, *TINY, "--text", text, "--out", ended, "--expert-parallel")
     assert process.returncode == 1
