@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,12 @@ def is_reentrant_checkpoint(node: Any) -> bool:
     return node.name() == "CheckpointFunctionBackward"
 
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+else:
+    ProcessGroup = DeviceMesh = Any  # absent from builds of torch without distributed
+
 F = TypeVar("F", bound=type[Function])
 
 
@@ -87,7 +93,7 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)
 
 
-def group_named(name: str) -> Any:
+def group_named(name: str) -> ProcessGroup:
     """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
 

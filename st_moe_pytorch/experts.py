@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -10,21 +10,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.compat import ProcessGroup, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel, refuse_reentrant
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
-from st_moe_pytorch.distributed.strategies import Strategy, check_strategy
+from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
 from st_moe_pytorch.grouped import grouped_linear
 from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm, gated_gelu
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-else:
-    ProcessGroup = Any  # absent from builds of torch without distributed
 
 
 class Experts(nn.Module):
@@ -48,7 +43,7 @@ class Experts(nn.Module):
         is_distributed: bool | None = None,
         allow_var_seq_len: bool = False,
         *,
-        strategy: Any = "all_to_all",
+        strategy: StrategyOrName = "all_to_all",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -101,8 +96,8 @@ class Experts(nn.Module):
 
     def layout(self, routing: Routing) -> Layout:
         """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at data, in slots."""
-        in_rows = not is_blind(routing.indices) or are_alike(self.experts)
-        in_rows = self.parallel is not None or self.is_distributed or (in_rows and not is_batched())
+        in_rows = self.parallel is not None or self.is_distributed
+        in_rows = in_rows or (not is_batched() and (not is_blind(routing.indices) or are_alike(self.experts)))
         return routing.rows() if in_rows else routing.buffers(filled=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

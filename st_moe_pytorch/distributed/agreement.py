@@ -21,7 +21,7 @@ def gather_counts(
     agreement: Mapping[str, str],
     copies: Mapping[str, Sequence[int]],
     channel: Channel,
-    device: Any,
+    device: torch.device | None,
 ) -> tuple[list[list[int]], bool]:
     """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many experts.
 
@@ -42,7 +42,7 @@ def gather_counts(
     return [line[start:end] for line in gathered], any(needed)
 
 
-def agree_with_replicas(copies: Sequence[str], needs_grad: bool, replicas: Channel, device: Any) -> tuple[bool, str | None]:
+def agree_with_replicas(copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device | None) -> tuple[bool, str | None]:
     """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
     holders = dict.fromkeys(copies, range(replicas.size))
     claims, needed = zip(*_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True)
@@ -59,7 +59,7 @@ def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
     return sum(crc32(name.encode()) * (len(ranks) - 1 if rank == ranks[0] else -1) for name, ranks in copies.items())
 
 
-def _gather_integers(values: list[int], channel: Channel, device: Any) -> list[list[int]]:
+def _gather_integers(values: list[int], channel: Channel, device: torch.device | None) -> list[list[int]]:
     gathered = torch.empty(channel.size, len(values), dtype=torch.int64, device=device)
     channel.call(dist.all_gather_single, gathered.view(-1), torch.tensor(values, device=device))
     return gathered.tolist()
@@ -98,7 +98,7 @@ def require_equal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) 
             )
 
 
-def agree_on_results(results: Sequence[Tensor] | Exception, channel: Channel, device: Any) -> torch.dtype:
+def agree_on_results(results: Sequence[Tensor] | Exception, channel: Channel, device: torch.device | None) -> torch.dtype:
     """The widest dtype of what all ranks' experts returned, whose width is one, in one collective of two numbers.
 
     Raises on all ranks where experts of one of them raised, there their own error; and the same RuntimeError where widths differ or a

@@ -2,11 +2,11 @@
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from st_moe_pytorch.compat import ProcessGroup
 from st_moe_pytorch.distributed.agreement import gather_objects
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.sharding import copy_from_first_rank, data_parallel, group_names, shard_experts
@@ -14,7 +14,7 @@ from st_moe_pytorch.distributed.strategies import Strategy
 
 
 def check_expert_parallel(
-    moe: nn.Module, x: Tensor, process_group: Any = None, strategy: str | Strategy = "all_to_all"
+    moe: nn.Module, x: Tensor, process_group: ProcessGroup | None = None, strategy: str | Strategy = "all_to_all"
 ) -> dict[str, float]:
     """Prove on your own experts and ranks that sharding changes nothing but rounding; nothing is kept of it.
 

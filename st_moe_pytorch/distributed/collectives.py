@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from st_moe_pytorch.compat import group_named
+from st_moe_pytorch.compat import ProcessGroup, group_named
 
 
 class Channel(NamedTuple):
@@ -23,14 +23,14 @@ class Channel(NamedTuple):
     group_name: str | None = None
 
     @property
-    def group(self) -> Any:
+    def group(self) -> ProcessGroup:
         """The process group, the default one for no name. Raises RuntimeError where there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 f"{self.layer} works over several ranks, but there is no process group: call torch.distributed.init_process_group first"
             )
         if self.group_name is None:
-            return dist.group.WORLD
+            return dist.group.WORLD  # pyright: ignore[reportReturnType] - there is one, where it is initialised
         try:
             return group_named(self.group_name)
         except RuntimeError as error:

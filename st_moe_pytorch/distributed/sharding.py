@@ -6,7 +6,7 @@ Every rank has to run every forward and every backward, on no tokens if it has n
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from uuid import uuid4
 
 import torch
@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch.compat import is_managed_by_ddp, leave_out_of_ddp
+from st_moe_pytorch.compat import DeviceMesh, ProcessGroup, is_managed_by_ddp, leave_out_of_ddp
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @runtime_checkable
@@ -33,7 +35,7 @@ class Shardable(Protocol):
     def shard(self, parallel: ExpertParallel) -> None: ...
 
 
-def shard_experts(model: nn.Module, process_group_or_mesh: Any = None, strategy: str | Strategy = "all_to_all") -> nn.Module:
+def shard_experts(model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | None = None, strategy: str | Strategy = "all_to_all") -> M:
     """Keep on each rank, in place, only the experts that it owns, under their global names; all of them start as they are on rank 0.
 
     process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the experts are spread
@@ -135,7 +137,7 @@ def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for experts, _ in sharded_layers(model).values() for parameter in experts.parameters()}
 
 
-def data_parallel(model: nn.Module, process_group: Any = None, **options: Any) -> DistributedDataParallel:
+def data_parallel(model: nn.Module, process_group: ProcessGroup | None = None, **options: Any) -> DistributedDataParallel:
     """The model in torch's DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
 
     process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of DistributedDataParallel.
@@ -218,13 +220,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def group_names(where: Any) -> list[str | None]:
+def group_names(where: ProcessGroup | DeviceMesh | None) -> list[str | None]:
     """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are replicated over."""
-    if not hasattr(where, "mesh_dim_names"):
-        return [None if where is None else where.group_name]
-    if where.ndim > 2:
+    ranks: Any = where
+    if not hasattr(ranks, "mesh_dim_names"):
+        return [None if ranks is None else ranks.group_name]
+    if ranks.ndim > 2:
         raise ValueError(f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}")
-    return [where.get_group(dimension).group_name for dimension in reversed(range(where.ndim))]
+    return [ranks.get_group(dimension).group_name for dimension in reversed(range(ranks.ndim))]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ the traffic reversed for the results on their way back.
 """
 
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ class Strategy(Protocol):
         Result: the rows for this rank, sorted by source.
         """
         ...
+
+
+if TYPE_CHECKING:
+    StrategyOrName = str | Strategy
+else:
+    StrategyOrName = Any  # checked by check_strategy, whose error lists the names
 
 
 def all_to_all(rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from st_moe_pytorch.compat import is_recomputing
+from st_moe_pytorch.compat import ProcessGroup, is_recomputing
 from st_moe_pytorch.gate import LISTENERS, Gate, is_dense
 from st_moe_pytorch.moe import MoE
 from st_moe_pytorch.routing import Routing
@@ -123,7 +123,7 @@ class RoutingStats:
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
-    def over_ranks(self, group: Any = None) -> "RoutingStats":
+    def over_ranks(self, group: ProcessGroup | None = None) -> "RoutingStats":
         """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in the same order."""
         length = self.choices_at.new_tensor(self.choices_at.numel())
         dist.all_reduce(length, dist.ReduceOp.MAX, group)
