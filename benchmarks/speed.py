@@ -64,6 +64,7 @@ WORKLOADS = [
     *(Workload(f"length {n}", 1, n, 256, 16) for n in (1024, 4096, 16384)),
     *(Workload(f"{experts} experts", 1, 512, 512, experts) for experts in (8, 64, 256)),
     *(Workload(f"top {k}", 1, 2048, 256, 16, k=k) for k in (1, 2, 4)),
+    *(Workload(f"top 8 of {experts} small experts", 1, 1024, 256, experts, k=8) for experts in (64, 256)),
     *(Workload(f"decoding, batch {b}", b, 1, 512, 16, training=False) for b in (1, 8, 64)),
     Workload("decoding, batch 8, compiled", 8, 1, 512, 16, training=False, compiled=True),
 ]

@@ -278,4 +278,4 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _parameters(linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
-    return [linear.weight for linear in linears], [linear.bias for linear in linears]
+    return [linear.weight for linear in linears], [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]

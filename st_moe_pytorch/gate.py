@@ -46,17 +46,19 @@ class Gate(nn.Module):
 
     dim, num_gates: width of a token and number of experts.
     group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to heed.
+    jitter: in training, what the router looks at is multiplied by uniform numbers in [1 - jitter, 1 + jitter] (ST-MoE, section 3.2).
 
     `MoE` calls `route`: assign or override it to replace or record decisions. `forward` gives them as dense tensors, as 0.1.8 did; where
     it is overridden or hooked, those tensors decide, at a cost that is quadratic in the number of tokens.
     """
 
-    def __init__(self, dim: int, num_gates: int, *, group_size: int | None = None) -> None:
+    def __init__(self, dim: int, num_gates: int, *, group_size: int | None = None, jitter: float = 0.0) -> None:
         super().__init__()
         check_counts(dim=dim, num_gates=num_gates, group_size=group_size)
         self.dim = dim
         self.num_gates = num_gates
         self.group_size = group_size
+        self.jitter = jitter
         self.to_gates = RouterLinear(dim, num_gates)
 
     def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
@@ -91,6 +93,10 @@ class Gate(nn.Module):
         features = x if route_by is None else route_by
         if mask is not None:
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+        if self.jitter and self.training:
+            features = features * torch.empty_like(features).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(x):
             logits = self.to_gates(features).to(torch.promote_types(x.dtype, torch.float32))
             if not (noise_gates and noise_mult):

@@ -13,13 +13,15 @@ from st_moe_pytorch.routing import Routing, assign_slots, expert_capacity
 from st_moe_pytorch.topk import TopK, topk
 
 POLICIES = ("all", "none", "threshold", "random")
-PRIORITIES = ("position", "gate")
+PRIORITIES = ("position", "token", "gate")
+SCORES = ("softmax", "sigmoid")
 
 if TYPE_CHECKING:
     Policy = Literal["all", "none", "threshold", "random"]
-    Priority = Literal["position", "gate"]
+    Priority = Literal["position", "token", "gate"]
+    Score = Literal["softmax", "sigmoid"]
 else:
-    Policy = Priority = str  # checked by check_one_of, whose error lists them
+    Policy = Priority = Score = str  # checked by check_one_of, whose error lists them
 
 
 class TopNGating(Gate):
@@ -44,9 +46,16 @@ class TopNGating(Gate):
             "random" for a gate g with probability g / threshold.
         min_expert_capacity: least number of slots of an expert in a group.
         group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group.
-        priority: "position" serves tokens in order; "gate" the most certain first (batch-prioritised routing, Riquelme et al. 2021),
-            which lets a token's place depend on later tokens, so it is not causal.
+        priority: "position" serves all first choices in token order, then all second ones, and so on, as the paper does. "token" serves
+            all choices of a token before those of the next one, so that no output depends on later tokens: for autoregressive training.
+            "gate" serves the most certain tokens first (batch-prioritised routing, Riquelme et al. 2021), which is not causal.
         second_place_loss: add half the balance loss of the second choices, as Mesh-TensorFlow's top-2 gating can.
+        score: "softmax" of the logits or, for each expert by itself, "sigmoid" (DeepSeek-V3, 2024), which the balance loss divides by its
+            sum over experts.
+        normalize_gates: divide gates by their sum for top_n > 1. Without, they are the scores, as of OLMoE and Qwen2-MoE.
+        balance_bias: choose experts by score + ``bias``, with gates from the score alone (Wang et al. 2024). bias (e) is a buffer of zeros
+            that no forward changes; `LossFreeBalance` does.
+        jitter: as in `Gate`.
 
     Thresholds (as buffers ``[eps, t_1, ...]``), capacity factors and policies are read in every forward and may be assigned at any time.
     """
@@ -72,8 +81,12 @@ class TopNGating(Gate):
         group_size: int | None = None,
         priority: Priority = "position",
         second_place_loss: bool = False,
+        score: Score = "softmax",
+        normalize_gates: bool = True,
+        balance_bias: bool = False,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(dim, num_gates, group_size=group_size)
+        super().__init__(dim, num_gates, group_size=group_size, jitter=jitter)
         check_positive(eps=eps)
         self.eps = eps
         self.top_n = top_n
@@ -87,6 +100,9 @@ class TopNGating(Gate):
         self.min_expert_capacity = min_expert_capacity
         self.priority = priority
         self.second_place_loss = second_place_loss
+        self.score = score
+        self.normalize_gates = normalize_gates
+        self.bias = nn.Buffer(torch.zeros(num_gates, dtype=torch.float32)) if balance_bias else None
         self._check_settings()
 
         self._built_with = {
@@ -100,8 +116,10 @@ class TopNGating(Gate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Thresholds as they were constructed."""
+        """Thresholds as they were constructed, and no bias."""
         nn.init.zeros_(self.zero)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         for name, values in self._built_with.items():
             # through nn.init, which loaders such as transformers' pass over for what a checkpoint has brought
             threshold = nn.init.constant_(getattr(self, name), torch.nan)
@@ -117,15 +135,15 @@ class TopNGating(Gate):
             check_draws(draws, (b, n, k), (*groups, k))
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
-        probs = (clean if noised is None else noised.reshape(*groups, e)).softmax(dim=-1)
-        best = self.topk(probs, k=k)
+        scores = self._scores(clean if noised is None else noised.reshape(*groups, e))
+        best = self.topk(scores, k=k)
         gates = self._normalised(best)
         asked = self._asked(gates.detach(), real, draws)
         order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
-        slots = assign_slots(best.indices, asked, e, order)
+        slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
         capacity = self._capacity(groups[1])
         kept = asked & (slots < capacity)
-        balance, z = self._losses(clean, probs, best.indices, real)
+        balance, z = self._losses(clean, scores, best.indices, real)
         return Routing(
             indices=best.indices.view(b, n, k),
             slots=slots.masked_fill(~kept, -1).view(b, n, k),
@@ -142,9 +160,16 @@ class TopNGating(Gate):
             straight_through=self.straight_through_dispatch_tensor,
         )
 
+    @property
+    def balance_bias(self) -> bool:
+        return self.bias is not None
+
     def topk(self, values: Tensor, k: int) -> TopK:
         """The k best of values (b n e) along the last axis, differentiable if the gate is."""
-        return topk(values, k, differentiable=self.differentiable_topk, fused=self.differentiable_topk_fused)
+        return topk(values, k, self.bias, differentiable=self.differentiable_topk, fused=self.differentiable_topk_fused)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def _capacity(self, tokens: int) -> int:
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
@@ -152,7 +177,8 @@ class TopNGating(Gate):
 
     def _normalised(self, best: TopK) -> Tensor:
         gates = best.values if best.coor_descent_values is None else best.coor_descent_values
-        return gates if self.top_n == 1 else gates / (gates.sum(dim=-1, keepdim=True) + self.eps)
+        is_raw = self.top_n == 1 or not self.normalize_gates
+        return gates if is_raw else gates / (gates.sum(dim=-1, keepdim=True) + self.eps)
 
     def _asked(self, gates: Tensor, mask: Tensor | None, draws: Tensor | None) -> Tensor:
         """Which choices (b n k) the policy asks for: the first of every real token, and later ones by their gate."""
@@ -170,10 +196,11 @@ class TopNGating(Gate):
         asked = asked | first
         return asked if mask is None else asked & mask.unsqueeze(-1)
 
-    def _losses(self, logits: Tensor, probs: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _losses(self, logits: Tensor, scores: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Balance loss and router z-loss, both 0 in evaluation."""
         if not self.training:
             return logits.new_zeros(()), logits.new_zeros(())
+        probs = scores if self.score == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
         balance = balance_loss(probs, indices[..., 0], mask)
         if self.second_place_loss:
             rest = probs.scatter(-1, indices[..., :1], 0.0)
@@ -187,6 +214,9 @@ class TopNGating(Gate):
         check_positive(capacity_factor_train=self.capacity_factor_train, capacity_factor_eval=self.capacity_factor_eval)
         check_one_of(POLICIES, policy_train=self.policy_train, policy_eval=self.policy_eval)
         check_one_of(PRIORITIES, priority=self.priority)
+        check_one_of(SCORES, score=self.score)
+        if self.bias is not None and self.differentiable_topk:
+            raise ValueError("differentiable_topk must be False with balance_bias: coordinate descent chooses without a bias")
         if self.top_n > self.num_gates:
             raise ValueError(f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}")
         if self.second_place_loss and self.top_n < 2:
@@ -216,6 +246,7 @@ class TopNGating(Gate):
         )
         others = {"min_expert_capacity": 4, "group_size": None, "priority": "position", "second_place_loss": False}
         others |= {"differentiable_topk": False, "straight_through_dispatch_tensor": True}
+        others |= {"score": "softmax", "normalize_gates": True, "balance_bias": False, "jitter": 0.0}
         changed = (f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual)
         return ", ".join((f"{self.dim}, {self.num_gates}", *settings, *changed))
 

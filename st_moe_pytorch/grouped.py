@@ -23,7 +23,7 @@ ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multipl
 def grouped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor) -> Tensor:
     """``(rows * scales[j]) @ weights[j].T + biases[j]`` for the rows of each expert j: (t i) -> (t o), in the dtype of rows.
 
-    weights: e times (o i); biases: e times (o); scales: e times (i), or none. They are cast to the dtype of rows.
+    weights: e times (o i); biases: e times (o), or none; scales: e times (i), or none. They are cast to the dtype of rows.
     offsets (e) int32: where the rows of each expert end. Of the rows behind the last one, the very last gives zero, the others anything.
 
     Twice differentiable, in rows and parameters. Experts without rows get gradients of zero.
@@ -32,7 +32,8 @@ def grouped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         return _kernel_forward(rows, weights, biases, scales, offsets)
     y = rows.new_empty(rows.shape[0], weights[0].shape[0])
     for j, block in _blocks(offsets):
-        torch.addmm(biases[j].to(y.dtype), _scaled(rows[block], scales, j), weights[j].to(y.dtype).t(), out=y[block])
+        matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
+        torch.addmm(biases[j].to(y.dtype), inputs, matrix, out=y[block]) if biases else torch.mm(inputs, matrix, out=y[block])
     y[_end(offsets) :] = 0
     return y
 
@@ -78,7 +79,7 @@ def _empty_gradients(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, biases, scales, offsets = inputs
-    ctx.num_experts = len(weights)
+    ctx.num_experts, ctx.num_biases = len(weights), len(biases)
     ctx.of_parameters = any(t.requires_grad for t in (*weights, *biases, *scales))
     ctx.save_for_backward(rows, offsets, *weights, *scales)
 
@@ -89,10 +90,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weights, scales = parameters[:e], parameters[e:]
     drows, *others = grouped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, ctx.of_parameters)
     if not ctx.of_parameters:
-        return drows, [None] * e, [None] * e, [None] * len(scales), None
+        return drows, [None] * e, [None] * ctx.num_biases, [None] * len(scales), None
     # views of one buffer each, which become the parameters' gradients without a copy
     dweights, dbiases, dscales = (list(t.to(weights[0].dtype).unbind()) for t in others)
-    return drows, dweights, dbiases, dscales, None
+    return drows, dweights, dbiases[: ctx.num_biases], dscales, None
 
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,8 +167,9 @@ def _kernel_forward(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
         matrices *= _stacked(scales, rows.dtype).unsqueeze(1)
     y = F.grouped_mm(_aligned(rows), matrices.transpose(1, 2), offs=offsets)
     owners = torch.searchsorted(offsets, torch.arange(len(rows), dtype=offsets.dtype, device=offsets.device), right=True)
-    y += _stacked(biases, rows.dtype).index_select(0, owners.clamp(max=len(biases) - 1))
-    return _nobodys_row_zero(y[:, : len(biases[0])].contiguous(), offsets)
+    if biases:
+        y += _stacked(biases, rows.dtype).index_select(0, owners.clamp(max=len(biases) - 1))
+    return _nobodys_row_zero(y[:, : len(weights[0])].contiguous(), offsets)
 
 
 def _kernel_backward(

@@ -2,6 +2,7 @@
 
 # pyright: reportIncompatibleMethodOverride=false
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Expert(nn.Module):
     """GEGLU feed-forward (..., dim) -> (..., dim) with ``int(dim * hidden_mult * 2 / 3)`` hidden units.
 
     Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
-    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4).
+    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4); ``bias`` is that of the matrices.
     """
 
     @typechecked
@@ -89,13 +90,14 @@ class Expert(nn.Module):
         prenorm: bool = False,
         *,
         dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         check_counts(dim=dim)
         check_positive(hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
         hidden = int(dim * hidden_mult * 2 / 3)
         layers = [RMSNorm(dim)] if prenorm else []
-        layers += [nn.Linear(dim, hidden * 2), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim)]
+        layers += [nn.Linear(dim, hidden * 2, bias), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim, bias)]
         self.net = nn.Sequential()
         for number, layer in enumerate(layers):
             # named, not numbered, so that checkpoints do not depend on whether there is dropout
@@ -110,7 +112,8 @@ class Expert(nn.Module):
             if isinstance(layer, nn.Linear):
                 bound = layer.out_features**-0.5
                 nn.init.uniform_(layer.weight, -bound, bound)
-                nn.init.uniform_(layer.bias, -bound, bound)
+                if layer.bias is not None:
+                    nn.init.uniform_(layer.bias, -bound, bound)
             elif isinstance(layer, RMSNorm | GEGLU):
                 layer.reset_parameters()
 
@@ -170,3 +173,17 @@ class _GatedGELU(Function):
             dx, dgate = dz.chunk(2, dim=-1)
             tangent = tangent + (F.gelu(gate) * dx + torch.ops.aten.gelu_backward(x * dgate, gate)) * mult_bias
         return tangent
+
+
+def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
+    """Experts that start as copies of a feed-forward, which stays as it is, with noise as of `MoE.from_dense`."""
+    check_counts(num_experts=num_experts)
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, got {noise}")
+    copies = [deepcopy(ffn) for _ in range(num_experts)]
+    if noise:
+        with torch.no_grad():
+            for parameter in (parameter for copy in copies for parameter in copy.parameters()):
+                spread = parameter.std(correction=0)
+                parameter.add_(torch.randn_like(parameter) * spread * noise)
+    return copies

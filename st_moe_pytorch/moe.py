@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +14,7 @@ from st_moe_pytorch.compat import name_exported_tuple
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import Gate, is_dense, tell
 from st_moe_pytorch.gating import TopNGating
-from st_moe_pytorch.layers import Expert, RMSNorm
+from st_moe_pytorch.layers import Expert, RMSNorm, dense_copies
 from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
 
 
@@ -47,6 +46,7 @@ class MoE(nn.Module):
         experts: the experts, as modules (1, t, dim) -> (1, t, d') or as built `Experts`, instead of default ones.
         is_distributed, allow_var_seq_len: as in `Experts`.
         gate: a built `Gate`, or any module with its ``route``, which then decides all that concerns routing.
+        shared_expert: a module (b, n, dim) -> (b, n, d') whose results are added for every real token (DeepSeekMoE, Dai et al. 2024).
 
     ``experts`` may be replaced by any module that maps slots (b e c d) to (b e c d'). A gate with hooks or with another ``forward`` than
     `Gate`'s is called, and its dense tensors decide, at quadratic cost.
@@ -73,6 +73,7 @@ class MoE(nn.Module):
         allow_var_seq_len: bool = False,
         *,
         gate: nn.Module | None = None,
+        shared_expert: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_experts=num_experts)
@@ -107,6 +108,7 @@ class MoE(nn.Module):
         if experts.num_experts != num_experts:
             raise ValueError(f"experts must hold num_experts={num_experts} modules, got {experts.num_experts}")
         self.experts: Experts = experts
+        self.shared_expert = shared_expert
 
     @classmethod
     def from_dense(
@@ -165,6 +167,8 @@ class MoE(nn.Module):
         else:
             routing = tell(self, self.gate.route(x, noise_gates, noise_mult, **given))
             outputs, balance, z = self._by_routing(x, routing), routing.balance_loss, routing.router_z_loss
+        if self.shared_expert is not None:
+            outputs = outputs + self._shared(x, given.get("mask"), outputs.shape)
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
         return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
 
@@ -192,6 +196,15 @@ class MoE(nn.Module):
         rows = routing.dispatch(x, layout)
         y = self.experts(rows, layout.offsets) if layout.buffers is None else layout.join(self.experts(layout.split(rows)))
         return routing.combine(y, layout)
+
+    def _shared(self, x: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+        """(b n d) -> (b n d') by the shared expert, 0 for padding, which it does not see."""
+        assert self.shared_expert is not None
+        padding = None if mask is None else ~mask.unsqueeze(-1)
+        y = self.shared_expert(x if padding is None else x.masked_fill(padding, 0.0))
+        if y.shape != shape:
+            raise ValueError(f"shared_expert must return the shape of the experts' results, {tuple(shape)}, got {tuple(y.shape)}")
+        return y if padding is None else y.masked_fill(padding, 0.0)
 
     def _by_dense_tensors(self, x: Tensor, mask: Tensor | None, decision: DenseRouting) -> tuple[Tensor, Tensor, Tensor]:
         """(b n d) -> (b n d') by the tensors of a gate that was overridden: the definition of the layer, and quadratic in n."""
@@ -276,17 +289,3 @@ def _grouped(t: Tensor, ndim: int) -> Tensor:
 def given_only(**tensors: Tensor | None) -> dict[str, Any]:
     """Those that are not None: what is written against 0.1.8 does not know the others' names."""
     return {name: t for name, t in tensors.items() if t is not None}
-
-
-def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
-    """Experts that start as copies of a feed-forward, which stays as it is, with noise as of `MoE.from_dense`."""
-    check_counts(num_experts=num_experts)
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
-    copies = [deepcopy(ffn) for _ in range(num_experts)]
-    if noise:
-        with torch.no_grad():
-            for parameter in (parameter for copy in copies for parameter in copy.parameters()):
-                spread = parameter.std(correction=0)
-                parameter.add_(torch.randn_like(parameter) * spread * noise)
-    return copies

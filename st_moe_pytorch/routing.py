@@ -40,21 +40,23 @@ def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_cap
     return torch.sym_max(torch.sym_min(tokens, share), min_capacity)  # pyright: ignore[reportReturnType]
 
 
-def assign_slots(indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None) -> Tensor:
+def assign_slots(indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None, by_token: bool = False) -> Tensor:
     """Place of every choice (b n k) in its expert's queue: all first choices in token order, then all second ones, and so on.
 
     Only choices that are asked for queue up; the others get a meaningless number. ``order`` (b n) lists the tokens of a
-    group in another order of service. A stable sort by expert puts each queue in line, so cost does not grow with the number of experts.
+    group in another order of service. With ``by_token``, all choices of a token come before those of the next one.
+    A stable sort by expert puts each queue in line, so cost does not grow with the number of experts.
     """
     if order is not None:
         order = order.unsqueeze(-1).expand_as(indices)
         slots = assign_slots(indices.gather(1, order), asked.gather(1, order), num_experts)
         return torch.empty_like(slots).scatter(1, order, slots)
-    queues = rearrange(indices.masked_fill(~asked, num_experts), "b n k -> b (k n)")
+    line = "(n k)" if by_token else "(k n)"
+    queues = rearrange(indices.masked_fill(~asked, num_experts), f"b n k -> b {line}")
     queues, request = queues.sort(dim=-1, stable=True)
     place = torch.arange(queues.shape[-1], device=queues.device) - torch.searchsorted(queues, queues)
     slots = torch.empty_like(place).scatter(-1, request, place)
-    return rearrange(slots, "b (k n) -> b n k", k=indices.shape[-1])
+    return rearrange(slots, f"b {line} -> b n k", k=indices.shape[-1])
 
 
 class DenseRouting(NamedTuple):

@@ -65,7 +65,7 @@ def test_bad_calls_of_the_gate():
         (dict(top_n=3, threshold_eval=[0.1]), r"threshold_eval must be a number or 2 numbers.*\[0.1\]"),
         (dict(policy_train="argmax"), "policy_train must be one of 'all', 'none', 'threshold', 'random', got 'argmax'"),
         (dict(policy_eval="Random"), "policy_eval must be one of .* got 'Random'"),
-        (dict(priority="probability"), "priority must be one of 'position', 'gate', got 'probability'"),
+        (dict(priority="probability"), "priority must be one of 'position', 'token', 'gate', got 'probability'"),
         (dict(top_n=1, second_place_loss=True), "second_place_loss needs a second choice.*top_n to at least 2, got 1"),
     ],
     ids=str,
@@ -153,7 +153,7 @@ NAN = float("nan")
 ASSIGNED = [
     ("policy_train", "always", "policy_train must be one of .*'always'"),
     ("policy_eval", None, "policy_eval must be one of .*None"),
-    ("priority", "x", "priority must be one of 'position', 'gate', got 'x'"),
+    ("priority", "x", "priority must be one of 'position', 'token', 'gate', got 'x'"),
     ("capacity_factor_train", -1, "capacity_factor_train must be a positive number, got -1"),
     ("capacity_factor_eval", NAN, "capacity_factor_eval must be a positive number, got nan"),
     ("min_expert_capacity", -3, "min_expert_capacity must be a positive number, got -3"),

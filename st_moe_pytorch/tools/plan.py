@@ -28,6 +28,8 @@ def reroute(gate: nn.Module, routing: Routing, *, training: bool = True, draws: 
         return routing
     experts = routing.num_experts
     other = type(gate)(experts, experts, **settings_of(gate, changes.get("top_n", getattr(gate, "top_n", 1))) | changes)
+    if getattr(other, "bias", None) is not None and getattr(gate, "bias", None) is not None:
+        other.bias = gate.bias
     return other.train(training).to(routing.logits.device).decide(routing.logits, mask=routing.mask, draws=draws)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.moe import dense_copies
+from st_moe_pytorch.layers import dense_copies
 
 __all__ = ["average_experts", "dense_copies"]
 
