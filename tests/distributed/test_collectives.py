@@ -66,7 +66,7 @@ def check_join_replicas(rank):
 
 def check_gather_counts(rank):
     ranks = dist.get_world_size()
-    for experts in (1, 254, 255, 300):
+    for experts in (1, 254, 255, 300, 600):
         counts, needs_grad = gather_counts([rank * 1000 + e for e in range(experts)], rank == 1, {"layer": "test"}, {}, CHANNEL, None)
         assert counts == [[r * 1000 + e for e in range(experts)] for r in range(ranks)]
         assert needs_grad

@@ -39,6 +39,15 @@ def differ_unsharded(rank, options, strategy):
     experts(torch.zeros(2, experts.num_experts, 3, options.get("dim", DIM) if rank == ODD else DIM))
 
 
+def differ_in_parts(rank):
+    shard_experts(nn.ModuleDict({"moe": moe_of(rank)} | ({"head": nn.Linear(2, 3)} if rank == ODD else {})))
+
+
+def differ_in_sharding(rank):
+    sharded, whole = shard_experts(moe_of(rank).experts), moe_of(rank).experts
+    (whole if rank == ODD else sharded)(torch.zeros(2, 4, 3, DIM), is_distributed=True)
+
+
 def other_tokens(rank, width, dtype, grad):
     layer = shard_experts(nn.ModuleDict({"moe": moe_of(rank)}))["moe"].experts
     with torch.set_grad_enabled(grad or rank != ODD):
@@ -62,6 +71,8 @@ SAME_ERROR = {
     "dtypes": (differ_when_sharded, ({"dtype": torch.float64},), r"float32 \(4, 6\) on rank 0 2, float64 \(4, 6\) on rank 1"),
     "top_n": (differ_when_sharded, ({"gating_top_n": 3},), r"gate.threshold_train: float32 \(2,\) on rank 0 2, float32 \(3,\) on rank 1"),
     "strategy": (differ_in_strategy, (), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
+    "parts": (differ_in_parts, (), r"shard_experts: .*head.weight: absent on rank 0 2, float32 \(3, 2\) on rank 1"),
+    "sharding": (differ_in_sharding, (), "Experts: .*; experts: sharded on rank 0 2, not sharded on rank 1"),
     "unsharded experts": (differ_unsharded, ({"num_experts": 300}, "all_to_all"), "number of experts: 4 on rank 0 2, 300 on rank 1"),
     "unsharded strategy": (differ_unsharded, ({}, "all_gather"), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
     "width": (other_tokens, (8, torch.float32, True), "moe.experts: .*width of tokens: 6 on rank 0 2, 8 on rank 1"),
@@ -89,15 +100,18 @@ def test_all_ranks_raise_the_same_error_with_the_values_of_each(workers, functio
     assert re.search(pattern, messages[0])
 
 
-def left_in_ddp(rank):
-    ddp = DistributedDataParallel(shard_experts(nn.Sequential(moe_of(rank, 3))))
+def left_in_ddp(rank, trainable):
+    model = shard_experts(nn.Sequential(moe_of(rank, 3)))
+    model[0].experts.requires_grad_(trainable)
+    ddp = DistributedDataParallel(model)
     with pytest.raises(RuntimeError, match=r"0.experts: its sharded experts are inside DistributedDataParallel"):
         ddp(torch.zeros(1, 2, DIM))
 
 
+@pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("workers", [3], indirect=True)
-def test_sharded_experts_inside_ddp_are_refused(workers):
-    workers.run(left_in_ddp)
+def test_sharded_experts_inside_ddp_are_refused(workers, trainable):
+    workers.run(left_in_ddp, trainable)
 
 
 class Die(torch.autograd.Function):
@@ -180,6 +194,29 @@ def test_results_of_experts_that_differ_in_dtype_travel_in_the_widest(workers, s
     workers.run(results_in_two_dtypes, strategy)
 
 
+class Narrow(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+def results_in_two_half_types(rank):
+    """Neither of which holds all numbers of the other: 1e6 is infinite in float16, and 1.001 is 1 in bfloat16."""
+    x = torch.tensor([[[[1e6]], [[1.001]]]])
+    single = Experts([Narrow(torch.bfloat16), Narrow(torch.float16)])
+    y = shard_experts(copy.deepcopy(single))(x)
+    assert y.dtype == torch.float32
+    assert y.flatten().tolist() == [x[0, 0].bfloat16().item(), x[0, 1].half().item()]
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_results_of_two_half_types_travel_in_float32(workers):
+    workers.run(results_in_two_half_types)
+
+
 def results_of_two_widths(rank):
     torch.manual_seed(0)
     moe = MoE(DIM, 4, experts=[nn.Linear(DIM, 3 + number // 2) for number in range(4)])
@@ -187,11 +224,11 @@ def results_of_two_widths(rank):
 
 
 def results_of_no_number(rank):
-    class Complex(nn.Module):
-        def forward(self, x):
-            return torch.complex(x, x)
+    shard_experts(MoE(DIM, 2, experts=[nn.Identity(), Narrow(torch.complex64)]))(torch.randn(1, 5, DIM))
 
-    shard_experts(MoE(DIM, 2, experts=[nn.Identity(), Complex()]))(torch.randn(1, 5, DIM))
+
+def results_of_no_number_anywhere(rank):
+    shard_experts(MoE(DIM, 2, experts=[Narrow(torch.complex64), Narrow(torch.complex64)]))(torch.randn(1, 5, DIM))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +238,7 @@ def results_of_no_number(rank):
             results_of_two_widths,
             "experts: the ranks differ, where they must agree, in width of the experts' results: 3 on rank 0, 4 on rank 1",
         ),
+        (results_of_no_number_anywhere, "float16], got complex64"),
         (results_of_no_number, "in dtype of the experts' results: float32 on rank 0, complex64 on rank 1"),
     ],
 )

@@ -70,26 +70,49 @@ def test_three_steps_of_clipped_adamw_equal_one_process(workers, num_experts, mi
     print(max(workers.run(check_training, num_experts, micro, reentrant)))
 
 
-def check_mesh(rank, num_experts):
+def check_mesh(rank, num_experts, replicas, spread):
     model = stack(num_experts)
     expected, norms = train_one_process(model, 4)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-    ddp = data_parallel(shard_experts(copy.deepcopy(model), mesh))
-    assert len(list(ddp.module.blocks[0].moe.experts.experts.children())) == -(-num_experts // 2)
+    mesh = init_device_mesh("cpu", (replicas, spread), mesh_dim_names=("dp", "ep"))
+    mine = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            parameter += rank
+    ddp = data_parallel(shard_experts(mine, mesh))
+    assert len(list(ddp.module.blocks[0].moe.experts.experts.children())) == -(-num_experts // spread)
     for norm, theirs in zip(train(ddp, rank), norms, strict=True):
         assert relative_error(norm, theirs) < 1e-12
     name, error = largest_error(ddp.module, expected, of=lambda p: p)
     assert error < 1e-12, (name, error)
 
     alone = shard_experts(copy.deepcopy(model), mesh["ep"])
-    with pytest.raises(ValueError, match="experts on 2 ranks, but process_group has 4"):
+    with pytest.raises(ValueError, match=f"experts on {spread} ranks, but process_group has 4"):
         data_parallel(alone)
+    with pytest.raises(ValueError, match=f"experts on 4 ranks, but process_group has {replicas}"):
+        data_parallel(shard_experts(copy.deepcopy(model), mesh), mesh["dp"].get_group())
 
 
-@pytest.mark.parametrize("num_experts", [3, 4])
+@pytest.mark.parametrize(("num_experts", "replicas", "spread"), [(3, 2, 2), (4, 2, 2)])
 @pytest.mark.parametrize("workers", [4], indirect=True)
-def test_mesh_of_replicas_and_expert_ranks(workers, num_experts):
-    workers.run(check_mesh, num_experts)
+def test_mesh_of_replicas_and_expert_ranks(workers, num_experts, replicas, spread):
+    workers.run(check_mesh, num_experts, replicas, spread)
+
+
+def check_replicas_alone(rank):
+    """A mesh whose experts are spread over one rank: all of them are on each, and their gradients are averaged."""
+    model = stack(2)
+    expected, norms = train_one_process(model, 2, steps=1)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "ep"))
+    ddp = data_parallel(shard_experts(copy.deepcopy(model), mesh))
+    assert len(list(ddp.module.blocks[0].moe.experts.experts.children())) == 2
+    assert relative_error(*train(ddp, rank, steps=1), *norms) < 1e-12
+    name, error = largest_error(ddp.module, expected, of=lambda p: p)
+    assert error < 1e-12, (name, error)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_mesh_of_replicas_alone(workers):
+    workers.run(check_replicas_alone)
 
 
 def check_fully_shard(rank):
@@ -176,10 +199,24 @@ def check_gradients_needed_by_some(rank):
         assert not sharded(x)[0].requires_grad
 
 
+def check_tokens_without_gradients(rank):
+    """Where no tokens need gradients and a rank has none, experts get theirs from the others."""
+    moe = moe_of(3)
+    moe.gate.requires_grad_(False)
+    sharded = shard_experts(copy.deepcopy(moe))
+    x, cotangent = torch.randn(2, 2, 4, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for layer, tokens, scale in ((moe, 4, 1 / 2), (sharded, 0 if rank == 1 else 4, 1)):
+        torch.manual_seed(0)
+        ((layer(x[:, :tokens]).outputs * cotangent[:, :tokens]).sum() * scale).backward()
+    name, error = largest_error(sharded.experts, moe.experts)
+    assert error < 1e-12, (name, error)
+
+
 def check_state_dicts(rank):
     """Ranks start equal though they were built differently; states go both ways, through meta construction too."""
     torch.manual_seed(rank)
     experts = different_experts(3)
+    experts[1].requires_grad_(False)
     sharded = shard_experts(MoE(DIM, 3, experts=experts).double())
     full = full_state_dict(sharded)
     torch.manual_seed(0)
@@ -213,7 +250,7 @@ def check_the_check(rank):
     assert check_expert_parallel(moe, torch.randn(2, 3, DIM))["outputs"] > 1e-3
 
 
-CHECKS = [check_copies, check_gradients_needed_by_some, check_state_dicts, check_the_check]
+CHECKS = [check_copies, check_gradients_needed_by_some, check_tokens_without_gradients, check_state_dicts, check_the_check]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -249,6 +286,7 @@ def check_groups(rank):
     assert max(errors.values()) < 1e-12, errors
     sharded = shard_experts(moe_of(3), process_group_or_mesh=group)
     assert data_parallel(sharded, process_group=group).process_group is group
+    assert set(full_state_dict(sharded)) == set(moe_of(3).state_dict())
     whole, exchanging = moe_of(3), moe_of(3, is_distributed=True, process_group=group)
     found = []
     for moe in (whole, sharded, exchanging):

@@ -17,7 +17,7 @@ DIM, TOKENS = 6, 24
 def recorded():
     """The collectives called, by name, and the bytes that each sends to other ranks."""
     calls = []
-    all_to_all, all_gather = dist.all_to_all_single, dist.all_gather_single
+    all_to_all, all_gather, all_gather_any = dist.all_to_all_single, dist.all_gather_single, dist.all_gather_object
 
     def all_to_all_single(output, x, received, sent, group=None):
         rank = dist.get_rank()
@@ -29,7 +29,12 @@ def recorded():
         calls.append(("all_gather", x.numel() * x.element_size() * (dist.get_world_size() - 1)))
         all_gather(output, x, group=group)
 
-    with patch.object(dist, "all_to_all_single", all_to_all_single), patch.object(dist, "all_gather_single", all_gather_single):
+    def all_gather_object(everyone, mine, group=None):
+        calls.append(("all_gather_object", 0))
+        all_gather_any(everyone, mine, group=group)
+
+    functions = {f.__name__: f for f in (all_to_all_single, all_gather_single, all_gather_object)}
+    with patch.multiple(dist, **functions):
         yield calls
 
 
@@ -91,3 +96,16 @@ def check_cut_experts(rank):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_cut_experts_send_their_gradients_once(workers):
     workers.run(check_cut_experts)
+
+
+def check_copies_that_agree(rank):
+    """Three ranks hold a copy of the one expert: what they agree on is told in numbers."""
+    moe = shard_experts(MoE(DIM, 1, 1, gating_top_n=1))
+    with recorded() as calls:
+        moe(torch.randn(1, TOKENS, DIM))
+    assert [name for name, _ in calls] == ["all_gather", "all_to_all"] * 2
+
+
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_copies_that_agree_are_not_listed(workers):
+    workers.run(check_copies_that_agree)

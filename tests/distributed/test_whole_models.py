@@ -1,23 +1,25 @@
 """What concerns a whole sharded model: norms, states, what DDP leaves alone, the proof for users."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
-from reference import DIM, different_experts, relative_error
+from reference import DIM, different_experts, largest_error, relative_error
 from torch import nn
 
 from st_moe_pytorch import Expert, Experts, MoE
 from st_moe_pytorch.compat import leave_out_of_ddp
 from st_moe_pytorch.distributed import check_expert_parallel, clip_grad_norm_, data_parallel, full_state_dict, shard_experts
+from st_moe_pytorch.distributed.collectives import all_to_all
 
 
-def two_layers(same_experts):
-    """Two layers that have all experts in common: a list of them, or each module."""
+def two_layers(common):
+    """Two layers that have all experts in common."""
     torch.manual_seed(3)
     experts = Experts(different_experts(3))
-    others = experts if same_experts else Experts(list(experts.experts))
+    others = {"Experts": experts, "a list": Experts(experts.experts), "each of two lists": Experts(list(experts.experts))}[common]
     return nn.ModuleList([MoE(DIM, 3, experts=experts), MoE(DIM, 3, experts=others)]).double()
 
 
@@ -29,8 +31,8 @@ def backward(model, rank):
     return (x * cotangent).sum().backward()
 
 
-def check_layers_with_the_same_experts(rank, same_experts):
-    single = two_layers(same_experts)
+def check_layers_with_the_same_experts(rank, common):
+    single = two_layers(common)
     sharded = shard_experts(copy.deepcopy(single))
     ranks = dist.get_world_size()
     for other in range(ranks):
@@ -95,6 +97,32 @@ def check_ddp_leaves_alone_what_it_was_told_to(rank):
     assert torch.equal(model["dense"].weight, nn.Linear(DIM, DIM).weight)
 
 
+class Scaled(Experts):
+    """A model that is nothing but experts, and a parameter that is none of theirs."""
+
+    def __init__(self):
+        super().__init__(different_experts(3))
+        self.scale = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def check_a_model_of_nothing_but_experts(rank):
+    torch.manual_seed(0)
+    single = Scaled().double()
+    sharded = shard_experts(copy.deepcopy(single))
+    state = full_state_dict(sharded)
+    assert set(state) == set(single.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in single.state_dict().items())
+    x, cotangent = torch.randn(2, 2, 3, 4, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ddp = data_parallel(sharded)
+    (ddp(x) * cotangent * (rank + 1)).sum().backward()
+    (single(x) * cotangent * 1.5).sum().backward()
+    name, error = largest_error(sharded, single)
+    assert error < 1e-12, (name, error)
+
+
 class Forgetful(nn.Module):
     """An expert that does not use one of its parameters."""
 
@@ -113,6 +141,35 @@ def check_the_proof(rank):
     assert "gradient of experts.experts.3.net.0.weight" in errors
 
 
+def check_the_proof_leaves_no_trace(rank):
+    moe, x = MoE(DIM, 2), torch.randn(2, 3, DIM)
+    state, before = torch.get_rng_state(), copy.deepcopy(moe.state_dict())
+    check_expert_parallel(moe, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) and value.dtype == torch.float32 for name, value in moe.state_dict().items())
+    assert all(p.grad is None for p in moe.parameters())
+    assert moe.experts.parallel is None
+
+
+def without_gradients(rows, traffic, channel):
+    """A strategy that is wrong."""
+    return all_to_all(rows.detach(), traffic[channel.rank], [sent[channel.rank] for sent in traffic], channel)
+
+
+def check_the_proof_sees_what_is_wrong(rank):
+    """Also where it is so on rank 0 only, and where gradients are missing."""
+    moe, x = MoE(DIM, 2), torch.randn(2, 3, DIM)
+    errors = check_expert_parallel(moe, x, strategy=without_gradients)
+    assert errors["outputs"] < 1e-12
+    assert all(error == math.inf for name, error in errors.items() if "experts" in name), errors
+
+    def move(module, inputs, result):
+        return result._replace(outputs=result.outputs + 1) if rank == 0 and module.experts.parallel else result
+
+    moe.register_forward_hook(move)
+    assert check_expert_parallel(moe, x)["outputs"] > 1e-3
+
+
 def check_the_proof_says_where_there_is_no_gradient(rank):
     moe = MoE(DIM, 4, experts=[Forgetful() for _ in range(4)])
     # the layer itself, since DDP refuses what gets no gradient
@@ -121,10 +178,10 @@ def check_the_proof_says_where_there_is_no_gradient(rank):
     assert all(error < 1e-12 for error in errors.values() if error == error)
 
 
-@pytest.mark.parametrize("same_experts", [True, False], ids=["one list", "two lists"])
+@pytest.mark.parametrize("common", ["Experts", "a list", "each of two lists"])
 @pytest.mark.parametrize("workers", [2, 3], indirect=True)
-def test_layers_with_the_same_experts(workers, same_experts):
-    workers.run(check_layers_with_the_same_experts, same_experts)
+def test_layers_with_the_same_experts(workers, common):
+    workers.run(check_layers_with_the_same_experts, common)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +189,10 @@ def test_layers_with_the_same_experts(workers, same_experts):
     [
         check_norms_of_half_types,
         check_ddp_leaves_alone_what_it_was_told_to,
+        check_a_model_of_nothing_but_experts,
         check_the_proof,
+        check_the_proof_leaves_no_trace,
+        check_the_proof_sees_what_is_wrong,
         check_the_proof_says_where_there_is_no_gradient,
     ],
 )
