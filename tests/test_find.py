@@ -47,6 +47,15 @@ def test_a_star_is_one_name_between_dots_and_two_are_any_number():
     assert names(model, "*.intermediate") == []
 
 
+def test_names_that_begin_alike_are_not_inside_each_other():
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(12))})
+    assert names(model, "h.*") == [f"h.{number}" for number in range(12)]
+
+
+def test_a_type_means_what_is_derived_from_it_too():
+    assert names(model_of(Wide(DIM, DIM)), nn.Linear) == ["layer.mlp"]
+
+
 def test_parts_that_the_model_runs_itself_are_swapped_together():
     torch.manual_seed(0)
     model = nn.Sequential(Split(), Split()).double().eval()
@@ -115,6 +124,25 @@ class Pair(nn.Linear):
         return super().forward(x), x
 
 
+class Pooled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).mean(dim=1)
+
+
+class Wide(nn.Linear):
+    def forward(self, x, residual=None, *, scale=1.0):
+        return super().forward(x) * scale if residual is None else super().forward(x) * scale + residual
+
+
+class Shifted(nn.Linear):
+    def __init__(self, dim, out):
+        super().__init__(dim, out)
+        self.shift = nn.Buffer(torch.zeros(out))
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
+
+
 class ExpertsOfItsOwn(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,7 +165,15 @@ REFUSED = {
     "two inputs": (Two(), "where must match modules of one input, but layer.mlp takes x, residual"),
     "two results": (Pair(DIM, DIM), "where must match modules that return one tensor, but layer.mlp returns a tuple"),
     "experts": (ExpertsOfItsOwn(), "layer.mlp looks like a mixture of experts of the model's own, a ExpertsOfItsOwn"),
+    "experts inside": (
+        nn.ModuleDict({"block": nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(DIM, DIM)])})}),
+        "layer.mlp looks like a mixture of experts of the model's own, a ModuleDict",
+    ),
     "name": (SparseMoeMlp(DIM, DIM), "layer.mlp looks like a mixture of experts of the model's own, a SparseMoeMlp"),
+    "name inside": (nn.Sequential(SparseMoeMlp(DIM, DIM)), "layer.mlp looks like a mixture of experts of the model's own, a Sequential"),
+    "half with a buffer": (Shifted(DIM, 32), "layer.mlp maps a width of 16 to 32"),
+    "half in bfloat16": (nn.Linear(DIM, 32).to(torch.bfloat16), "layer.mlp maps a width of 16 to 32"),
+    "one of all tokens": (Pooled(DIM, DIM), "where must match whole feed-forwards, but layer.mlp"),
 }
 
 
@@ -167,10 +203,16 @@ def test_a_miss_names_what_is_near_with_stars_for_numbers():
         sparsify(model, nn.Conv1d, moe)
 
 
+def test_what_has_a_default_is_no_second_input():
+    sparsify(model_of(Wide(DIM, DIM)), "layer.mlp", moe)
+
+
 def test_hooks_see_no_tensors_without_data():
-    ffn, seen = nn.Linear(DIM, DIM), []
-    ffn.register_forward_hook(lambda module, inputs, y: seen.append(y))
-    sparsify(model_of(ffn), "layer.mlp", moe)
+    ffn, seen = nn.Sequential(nn.Linear(DIM, DIM)), []
+    for hooked in (ffn, ffn[0]):
+        handle = hooked.register_forward_hook(lambda module, inputs, y: seen.append(y))
+        sparsify(model_of(ffn), "layer.mlp", moe)
+        handle.remove()
     assert not seen
 
 

@@ -112,6 +112,17 @@ def test_layers_keep_device_dtype_and_mode():
     assert all(parameter.is_meta for parameter in meta.parameters())
 
 
+def test_the_dtype_is_that_of_floating_point_parameters():
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(DIM, DIM, dtype=torch.int8), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(DIM, dtype=torch.float64))
+
+    model = sparsify(nn.ModuleDict({"mlp": Quantised()}), Quantised, make)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
 def test_make_gets_what_it_replaces():
     model = Model().double().eval()
     expected = model(X)
@@ -160,6 +171,14 @@ def test_backward_inside_the_block_counts_recomputed_layers_once():
         assert aux.total.item() == before
 
 
+def test_layers_that_run_again_after_the_block_warn_of_nothing():
+    model = sparse(checkpointed=False)
+    with set_checkpoint_early_stop(False):
+        with collect_aux_losses() as aux:
+            outputs = model(X)
+        ((outputs * COTANGENT).sum() + aux.total).backward()
+
+
 def test_checkpointing_that_loses_the_gradient_is_refused():
     model, x = sparse(checkpointed=True), X.clone().requires_grad_()
     with collect_aux_losses(), pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -184,6 +203,7 @@ def test_gradients_accumulate_over_micro_batches():
 def test_a_shared_layer_counts_once_for_each_call():
     model = sparse(shared=True)
     assert len({id(layer.mlp) for layer in model.layers}) == 1
+    assert list(swapped(model)) == ["layers.0.mlp"]
     with collect_aux_losses() as aux:
         model(X)
     torch.testing.assert_close(aux.total.double(), by_hand(model, X)[1], rtol=1e-12, atol=0)
@@ -207,9 +227,11 @@ def test_blocks_can_be_nested_and_end_with_errors():
         model(X)
         with collect_aux_losses() as inner:
             model(X)
+        assert outer.total.item() == inner.total.item() > 0.5
         with pytest.raises(ValueError, match="x must have shape"):
             model.layers[0].mlp(X[..., 1:])
-    assert outer.total.item() == inner.total.item() > 0.5
+        model(X)
+    assert outer.total.item() == pytest.approx(2 * inner.total.item(), rel=1e-12)
     try:
         with collect_aux_losses() as broken:
             raise KeyError

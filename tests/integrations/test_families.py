@@ -21,7 +21,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from st_moe_pytorch import MoE
+from st_moe_pytorch import MoE, SparseMoEBlock
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify, swapped
 
 DIM = 16
@@ -177,6 +177,24 @@ def test_a_dense_checkpoint_in_a_sparse_model_leaves_nothing_without_values(fami
     if family == "vit":
         batch = batch | {"pixel_values": batch["pixel_values"].to(dtype)}
     assert logits(loaded, batch).isfinite().all()
+
+
+def test_routers_and_scales_that_a_checkpoint_lacks_start_as_they_do_elsewhere(tmp_path):
+    """By their own rules, not by the model's, to which a router is a linear layer like others."""
+    cls, config, where, _ = FAMILIES["gpt2"]
+
+    class SparseGPT2LMHeadModel(cls):
+        def __init__(self, config):
+            super().__init__(config)
+            sparsify(self, where, lambda ffn: SparseMoEBlock(MoE(DIM, 4)))
+
+    cls(config).save_pretrained(tmp_path)
+    for block in swapped(SparseGPT2LMHeadModel.from_pretrained(tmp_path)).values():
+        parameters = dict(block.named_parameters())
+        scales = [parameter for name, parameter in parameters.items() if name.endswith(("gamma", "mult_bias"))]
+        assert len(scales) == 7
+        assert all((scale == 1).all() for scale in scales)
+        assert 0.7 < parameters["moe.gate.to_gates.weight"].abs().max() * DIM**0.5 <= 1
 
 
 def test_copies_and_pickles_initialise_themselves(tmp_path):
