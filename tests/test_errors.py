@@ -189,6 +189,12 @@ def test_weights_of_losses_are_finite(name, value):
         moe(X)
 
 
+def test_weights_that_are_tensors_are_not_looked_at():
+    """That would wait for their device, and on the meta device there is nothing to see."""
+    moe = MoE(8, 4, balance_loss_coef=torch.tensor(0.5, device="meta")).to("meta")
+    assert moe(X.to("meta")).total_aux_loss.is_meta
+
+
 def test_noise_has_a_finite_strength():
     for run in (MoE(8, 4), MoE(8, 4).gate.route, SparseMoEBlock(MoE(8, 4))):
         with pytest.raises(ValueError, match="noise_mult must be a finite number, got nan"):

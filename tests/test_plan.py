@@ -42,11 +42,19 @@ def test_what_is_not_changed_stays_as_the_gate_has_it(changes):
     check_rerouted(gate, expected, 2 * torch.randn(3, 16, 8), None, changes)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_single_threshold_of_either_mode_stays(training):
+    name = "threshold_train" if training else "threshold_eval"
+    torch.manual_seed(0)
+    gate = TopNGating(8, 4, policy_train="threshold", **{name: 0.4}).train(training)
+    check_rerouted(gate, gate, torch.randn(3, 16, 8), None, {})
+
+
 def check_rerouted(gate, expected, x, mask, changes):
     gate.to_gates = expected.to_gates
     recorded = gate.route(x, mask=mask)
     draws = torch.rand(3, 16, expected.top_n)
-    got = reroute(gate, recorded, draws=draws, **changes)
+    got = reroute(gate, recorded, training=expected.training, draws=draws, **changes)
     for mine, theirs in zip(got, expected.route(x, mask=mask, draws=draws), strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
@@ -80,6 +88,18 @@ def test_plans_count_what_the_layer_would_do():
     assert len(table) == 5
     assert table[0].startswith("| setting | experts per token | dropped |")
     assert table[2].startswith("| one choice | ")
+
+
+def test_plans_count_the_slots_of_groups_and_the_experts_of_this_rank():
+    moe = MoE(8, 4)
+    with record_routing(moe) as records:
+        moe(torch.randn(3, 16, 8))
+    whole = plan(moe, records[""], {"groups": {"group_size": 8}})["groups"]
+    capacity = max(4, int(8 * 1.25 / 4))
+    flops = 2 * 3 * 8 * int(8 * 4 * 2 / 3)
+    assert whole.padded_flops_per_token == pytest.approx(6 * 4 * capacity / 48 * flops)
+    moe.experts.experts.add_module("1", None)  # as on a rank that holds three of four
+    assert plan(moe, records[""], {"groups": {"group_size": 8}})["groups"] == whole
 
 
 def layer(**arguments):
@@ -131,6 +151,64 @@ def test_audit_of_padding_and_of_a_block_in_training():
     assert torch.equal(found.on_later_tokens, mask & (torch.arange(12) < 11))
     assert not found.on_other_rows.any()
     assert "padding: 5 outputs depend on them: (row, token) (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)" in str(found)
+
+
+class Told(nn.Module):
+    """A layer that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, mask=None):
+        return self.function(x)
+
+
+def test_audit_finds_a_dependence_on_a_single_token_or_row():
+    last = torch.arange(12) == 11
+    found = audit_dependence(Told(lambda x: x + x.roll(-1, dims=1)), X)  # the next token, and for the last one the first
+    assert torch.equal(found.on_later_tokens, ~last.expand(3, 12))
+    found = audit_dependence(Told(lambda x: x + x.roll(-1, dims=0)), X)  # the next row, and for the last one the first
+    assert found.on_other_rows.all()
+
+
+def test_audit_changes_tokens_into_others_of_the_batch_and_into_new_ones():
+    known = X.double()
+
+    def is_of_the_batch(x):  # (b n), of each token
+        return (x.unsqueeze(-2) == known.flatten(0, 1)).all(dim=-1).any(dim=-1)
+
+    def by_strangers(x):
+        return x + (~is_of_the_batch(x)).sum()
+
+    def by_others(x):  # whose sum tells which of the batch stand in other places
+        return x + torch.where(is_of_the_batch(x).all(), x.sum(), known.sum())
+
+    for function in (by_strangers, by_others):
+        assert audit_dependence(Told(function), X).on_later_tokens[:, :-1].all()
+
+
+def test_audit_measures_by_the_outputs_of_real_tokens_and_sees_what_becomes_nan():
+    mask = torch.arange(12) < torch.tensor([[12], [5], [0]])
+    padded = torch.where(mask.unsqueeze(-1), X, 1e20)
+    found = audit_dependence(Told(lambda x: x + x[:1, 11:]), padded, mask)
+    assert found.on_later_tokens[0, :-1].all()
+    usual = X.double().sum()
+    found = audit_dependence(Told(lambda x: torch.where(x.sum() == usual, x, torch.nan)), X)
+    assert found.on_other_rows.all()
+
+
+def test_the_seed_decides_about_the_random_numbers_of_an_audit():
+    def by_chance(x):
+        return x + x.sum(dim=1, keepdim=True) * (torch.rand(()) < 0.5)
+
+    def audit(seed, usual):
+        torch.manual_seed(usual)
+        return bool(audit_dependence(Told(by_chance), X, seed=seed).on_later_tokens.any())
+
+    found = [{audit(seed, usual) for usual in range(3)} for seed in range(3)]
+    assert all(len(answers) == 1 for answers in found)
+    assert {True, False} == set().union(*found)
 
 
 def test_audit_of_flat_tokens_is_refused():

@@ -4,10 +4,13 @@ import math
 import pickle
 import threading
 import warnings
+from collections import OrderedDict
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -132,6 +135,30 @@ def test_threads_and_models_record_their_own_calls():
     assert LISTENERS.of_decisions == ()
 
 
+def test_blocks_end_by_themselves_in_any_order_and_with_errors():
+    moe, x = MoE(8, 4).eval(), torch.randn(1, 5, 8)
+    first, second = record_routing(moe), record_routing(moe)
+    early, late = first.__enter__(), second.__enter__()
+    moe(x)
+    first.__exit__(None, None, None)
+    moe(x)
+    second.__exit__(None, None, None)
+    assert (len(early[""]), len(late[""])) == (1, 2)
+    with record_routing(moe) as outer:
+        with pytest.raises(KeyError), record_routing(moe) as inner:
+            raise KeyError
+        moe(x)
+    assert (len(outer[""]), len(inner[""])) == (1, 0)
+    assert LISTENERS.of_decisions == ()
+
+
+def test_a_gate_tells_of_decisions_with_noise_too():
+    gate = TopNGating(8, 4)
+    with record_routing(gate) as records:
+        gate.route(torch.randn(1, 5, 8), noise_gates=True)
+    assert len(records[""]) == 1
+
+
 def test_records_of_layers_that_share_a_gate_and_of_gates_in_layers_of_another_make():
     class Own(nn.Module):
         def __init__(self):
@@ -145,14 +172,33 @@ def test_records_of_layers_that_share_a_gate_and_of_gates_in_layers_of_another_m
     model = nn.ModuleDict({"a": MoE(8, 4, gate=gate), "b": MoE(8, 4, gate=gate), "own": Own()})
     with record_routing(model) as records:
         model["a"](torch.randn(3, 12, 8))
+        for _ in range(3):
+            model["b"](torch.randn(3, 12, 8))
         model["own"](torch.randn(3, 12, 8))
-    assert {name: len(routings) for name, routings in records.items()} == {"a": 1, "b": 0, "own.router": 2}
+    assert {name: len(routings) for name, routings in records.items()} == {"a": 1, "b": 3, "own.router": 2}
 
 
 def test_figures_compare_by_their_counts():
     first, again, other = (RoutingStats.of(recorded(calls=calls)["first"]) for calls in (1, 1, 2))
     assert first == again != other
     assert first != "a word"
+    for name, counts in vars(first).items():
+        assert replace(first, **{name: counts + 1}) != first
+
+
+def test_sums_over_ranks_are_of_the_group_and_leave_counts_alone(monkeypatch):
+    """With a stand-in for the exchange, as if two ranks had counted the same."""
+    groups, group = [], object()
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
+        groups.append(group)
+        tensor.mul_(2 if op == dist.ReduceOp.SUM else 1)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    stats, again = (RoutingStats.of(recorded()["first"]) for _ in range(2))
+    assert stats.over_ranks(group) == again + again
+    assert stats == again
+    assert all(given is group for given in groups)
 
 
 def test_a_model_without_sparse_layers_and_statistics_of_nothing_warn():
@@ -307,6 +353,40 @@ def test_collapsed_routers_are_warned_of():
     assert warn_of_collapse(routing_stats(few)) == []
 
 
+def stats_of(tokens, asked):
+    """Counts of so many tokens with one choice each, of which each expert was asked for so often."""
+    zeros, total = torch.zeros(tokens, dtype=torch.int64), torch.tensor(tokens)
+    ones = torch.ones(tokens, dtype=torch.int64)
+    counts = torch.tensor(asked)
+    return RoutingStats(total, counts, counts, 2 * ones, zeros, ones, torch.tensor(0), torch.tensor(0.0, dtype=torch.float64))
+
+
+def test_what_is_told_of_a_collapse():
+    """A tenth of an equal share is not idle only if nobody asked, and ten tokens for each expert are enough to tell."""
+    with pytest.warns(UserWarning, match="expert 1 gets 98% of the choices, and 3 of 4 experts get less than a tenth"):
+        assert warn_of_collapse({"layer": stats_of(100, [1, 98, 0, 1])}) == ["layer"]
+    with pytest.warns(UserWarning, match="the router of the layer has collapsed"):
+        assert warn_of_collapse({"": stats_of(40, [40, 0, 0, 0])}) == [""]
+    assert warn_of_collapse({"layer": stats_of(39, [39, 0, 0, 0])}) == []
+
+
+def test_a_single_expert_has_not_collapsed():
+    stats = stats_of(100, [100])
+    assert stats.scalars()["load_entropy"] == 1
+    assert warn_of_collapse({"layer": stats}) == []
+
+
+def test_scalars_of_a_single_layer_have_no_empty_name():
+    tags = []
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            tags.append(tag)
+
+    write_scalars(Writer(), {"": stats_of(4, [4])}, step=0)
+    assert "routing/dropped" in tags
+
+
 def test_the_bar_for_collapse_and_the_names_of_scalars_are_the_callers():
     with record_routing(model := Model()) as records:
         for _ in range(4):
@@ -346,13 +426,17 @@ def test_gates_that_decide_by_tensors_of_their_own_are_told_of():
     moe = MoE(8, 4, gate=Overridden(8, 4))
     x = torch.randn(1, 5, 8)
     everything = TopNGating(8, 4)(x)
-    with (
-        pytest.warns(UserWarning, match="nothing was recorded of layer: the gate decides"),
-        pytest.warns(UserWarning, match="quadratic"),
-        record_routing(nn.ModuleDict({"layer": moe})) as records,
-    ):
-        moe(x)
-    assert records == {"layer": []}
+    model = nn.Sequential(OrderedDict(layer=moe, other=MoE(8, 4)))
+
+    def run():
+        with record_routing(model) as records:
+            moe(x)
+            model.other(x)
+        return records
+
+    with pytest.warns(UserWarning, match="nothing was recorded of layer: the gate decides"), pytest.warns(UserWarning, match="quadratic"):
+        records = run()
+    assert {name: len(routings) for name, routings in records.items()} == {"layer": 0, "other": 1}
 
     hooked = MoE(8, 4)
     hooked.gate.register_forward_hook(lambda *_: None)

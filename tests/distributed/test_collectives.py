@@ -64,6 +64,18 @@ def check_join_replicas(rank):
         assert torch.equal(gradient, expected)  # to the bit: in rank order
 
 
+def check_replicas_of_other_formats(rank):
+    """Gradients lie in memory as each rank's experts left them, one number for all of them included."""
+    ranks = dist.get_world_size()
+    formats = [lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t[:1, :1].expand_as(t)]
+    gradients = [formats[r % 3](random(4, 4, seed=r)) for r in range(ranks)]
+    for holders, replicas in ((range(ranks), None), (range(rank, rank + 1), CHANNEL)):
+        parameter = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+        _, joined = join_replicas(random(1, seed=0).requires_grad_(), [parameter], [holders], CHANNEL, replicas)
+        (got,) = torch.autograd.grad(joined, parameter, gradients[rank])
+        torch.testing.assert_close(got, sum(gradients), rtol=1e-14, atol=1e-14)
+
+
 def check_gather_counts(rank):
     ranks = dist.get_world_size()
     for experts in (1, 254, 255, 300, 600):
@@ -105,6 +117,7 @@ CHECKS = [
     check_all_to_all,
     check_all_gather,
     check_join_replicas,
+    check_replicas_of_other_formats,
     check_gather_counts,
     check_helpers_of_0_1_8,
     check_gradients_of_half_precision,

@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from st_moe_pytorch import MoE
 from st_moe_pytorch.distributed import shard_experts
@@ -109,3 +110,20 @@ def check_copies_that_agree(rank):
 @pytest.mark.parametrize("workers", [3], indirect=True)
 def test_copies_that_agree_are_not_listed(workers):
     workers.run(check_copies_that_agree)
+
+
+def check_checkpointed_experts(rank):
+    """Experts that run again in the backward get their tokens again, and stop before their results travel."""
+    experts = shard_experts(MoE(DIM, 4, 1)).experts
+    x = torch.randn(1, 4, 3, DIM, requires_grad=True)
+    with recorded() as calls:
+        y = checkpoint(experts, x, use_reentrant=False)
+        assert [name for name, _ in calls] == ["all_gather", "all_to_all"] * 2
+        calls.clear()
+        y.square().sum().backward()
+    assert [name for name, _ in calls] == ["all_to_all", "all_gather", "all_to_all", "all_to_all"]
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_checkpointed_experts_stop_before_their_results(workers):
+    workers.run(check_checkpointed_experts)
