@@ -67,7 +67,7 @@ class Gate(nn.Module):
         mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
         noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None) -> Routing")
+        raise NotImplementedError(f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None, noised=None) -> Routing")
 
     def route(
         self,

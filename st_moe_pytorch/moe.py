@@ -126,15 +126,15 @@ class MoE(nn.Module):
         By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by computing what ffn does.
         Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise``, the standard
         deviation of what is added to every parameter of every copy, as a multiple of the parameter's own.
-        Other arguments as of `MoE`.
+        Other arguments as of `MoE` and of `TopNGating`.
         """
         if gate is None:
             names = signature(TopNGating).parameters
-            settings: dict[str, Any] = {"capacity_factor_train": None, "capacity_factor_eval": None}
-            settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
-            settings["top_n"] = arguments.pop("gating_top_n", 2)
             # eps so small that gates sum to 1 in float64 too
-            gate = TopNGating(dim, num_experts, 1e-20, **settings, policy_train="all", policy_eval="all")
+            settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
+            settings |= {"capacity_factor_train": None, "capacity_factor_eval": None, "top_n": arguments.pop("gating_top_n", 2)}
+            settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
+            gate = TopNGating(dim, num_experts, **settings)
         return cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), gate=gate, **arguments)
 
     def forward(

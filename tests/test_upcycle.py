@@ -96,3 +96,11 @@ def test_experts_of_a_layer_average_as_their_list_does_and_sharded_ones_say_wher
     for experts in (moe.experts, moe.experts.experts):
         with pytest.raises(ValueError, match=r"must all be on this rank to be averaged: load .*full_state_dict\(model\)"):
             average_experts(experts)
+
+
+def test_a_layer_from_dense_takes_all_settings_of_its_gate():
+    settings = {"top_n": 3, "policy_train": "random", "eps": 1e-6, "capacity_factor_train": 1.5, "score": "sigmoid"}
+    moe = MoE.from_dense(nn.Linear(8, 8), 8, 4, **settings)
+    assert {name: getattr(moe.gate, name) for name in settings} == settings
+    assert MoE.from_dense(nn.Linear(8, 8), 8, 4, gating_top_n=1).gate.top_n == 1
+    assert MoE.from_dense(nn.Linear(8, 8), 8, 4).gate.policy_eval == "all"
