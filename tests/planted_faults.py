@@ -558,7 +558,7 @@ FAULTS = [
     Fault(
         "copies of a cut expert keep their own gradients",
         "distributed/collectives.py",
-        "return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel)",
+        "return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel, rows.device)",
         "return None, None, None, rows, *parameters",
         "distributed/test_exactness.py::test_everything_equals_one_process[3-4-ragged]",
     ),

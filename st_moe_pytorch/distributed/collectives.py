@@ -157,17 +157,16 @@ class _JoinReplicas(Function):
             parameters = [grad.clone(memory_format=torch.contiguous_format) for grad in parameters]
             for grad in parameters:
                 ctx.data_parallel.call(dist.all_reduce, grad)
-        return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel)
+        return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel, rows.device)
 
 
-def _sum_over_holders(grads: list[Tensor], holders: list[Sequence[int]], channel: Channel) -> list[Tensor]:
+def _sum_over_holders(grads: list[Tensor], holders: list[Sequence[int]], channel: Channel, device: torch.device) -> list[Tensor]:
     """Each gradient summed over its holders in rank order. Every rank of the channel has to call, with gradients or without."""
     shared = [[i for i, ranks in enumerate(holders) if rank in ranks and len(ranks) > 1] for rank in range(channel.size)]
     # as bytes, because the gradients that two ranks share may have another dtype than those that each has with a third
     wire = [grad.contiguous().flatten().view(torch.uint8) for grad in grads]
     parts = [wire[i] for indices in shared for i in indices]
     splits = [sum(wire[i].numel() for i in indices) for indices in shared]
-    device = grads[0].device if grads else None
     received = _exchange(torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts]), splits, splits, channel)
     sums: dict[int, Tensor] = {}
     order = [i for indices in shared for i in indices]

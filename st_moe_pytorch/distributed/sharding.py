@@ -186,10 +186,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
                 if parallel.holders_of(number, name)[0] == channel.rank:
                     counted[parameter] = None
     for channel, parameters in by_channel.items():
-        # on the device of dense gradients, since a rank may count no expert
-        of_experts = _square_norm(parameters).to(square.device)
+        # on the device of the experts, also where this rank counts none of them
+        of_experts = _square_norm(parameters).to(next(iter(sharded)).device)
         channel.call(dist.all_reduce, of_experts)
-        square = square + of_experts
+        square = square.to(of_experts.device) + of_experts
     norm = square.sqrt()
     for parameters in (dense, list(sharded)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

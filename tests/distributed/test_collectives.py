@@ -1,5 +1,7 @@
 """Every collective against its adjoint: the sum over ranks of <A x, y> is that of <x, A^T y>."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,3 +142,16 @@ def test_padding_and_single_values():
     assert pad_dim_to(torch.ones(2, 1), 3, dim=-1).tolist() == [[1, 0, 0], [1, 0, 0]]
     assert pad_dim_to(torch.ones(1, 2), 2).tolist() == [[1, 1], [0, 0]]
     assert has_only_one_value(torch.tensor([3, 3]))
+
+
+def test_ranks_without_copies_send_on_the_device_of_their_rows():
+    """As NCCL asks for; seen on the meta device, with a collective that only looks."""
+    seen = []
+
+    def look(self, collective, *tensors, **options):
+        seen.extend(t.device.type for t in tensors if isinstance(t, torch.Tensor))
+
+    rows = torch.empty(2, 3, device="meta", requires_grad=True)
+    with patch.object(Channel, "call", look), patch.object(Channel, "size", 2):
+        join_replicas(rows, [], [], CHANNEL, None)[0].sum().backward()
+    assert seen == ["meta", "meta"]
