@@ -26,7 +26,7 @@ PROCESSES.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "to
 class Workers:
     """Processes 0 to size - 1, started at the first run and kept for the next, unless a run goes wrong."""
 
-    def __init__(self, size: int, timeout: float = 120) -> None:
+    def __init__(self, size: int, timeout: float = float(os.environ.get("RANKS_TIMEOUT", 120))) -> None:
         self.size = size
         self.timeout = timeout
         self.processes: list[Any] = []
