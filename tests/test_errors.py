@@ -238,3 +238,9 @@ def test_a_state_dict_for_another_top_n_is_refused_before_anything_is_loaded(kin
     with pytest.raises(RuntimeError, match=r"threshold_eval .*\(4,\).*top_n=2: build it with top_n=4"):
         layer.load_state_dict(state, strict=strict)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+def test_weights_of_losses_that_are_tensors_are_not_looked_at():
+    with torch.device("meta"):
+        moe = MoE(8, 4, balance_loss_coef=torch.tensor(0.5))
+        assert moe(torch.randn(1, 3, 8)).total_aux_loss.is_meta

@@ -228,3 +228,26 @@ def test_a_layer_says_its_name_where_its_model_gives_it_something_else():
     with pytest.raises(ValueError, match=r"layer.mlp: experts must keep the width of a feed-forward, 16, got 8"):
         narrow["layer"]["mlp"].eval()(x)
     assert "in place of layer.mlp" in str(layer)
+
+
+def test_some_parts_of_torchs_layers_are_not_enough():
+    """What stands between them would act on the results of the sparse layer."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(DIM, 4, 32))
+    with pytest.raises(ValueError, match=r"a whole nn.TransformerEncoderLayer, '0' or its type, to swap its feed-forward, got its linear1"):
+        sparsify(model, ("*.linear1", "*.linear2"), moe)
+
+
+class Committee(nn.Module):
+    """Experts that only their name tells of."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(DIM, DIM)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_experts_are_known_by_their_name_too():
+    with pytest.raises(ValueError, match=r"layer.mlp looks like a mixture of experts of the model's own, a Committee"):
+        sparsify(model_of(Committee()), "layer.mlp", moe)

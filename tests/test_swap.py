@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify, swapped
+from st_moe_pytorch.tools.swap import AuxLossTrainer, SparseFeedForward, collect_aux_losses, sparsify, swapped
 
 DIM = 16
 
@@ -314,3 +314,28 @@ def test_compiled_models_give_the_same_losses_without_recompiling():
             expected, total = by_hand(model, x)
             torch.testing.assert_close(aux.total.double(), total, rtol=1e-12, atol=0)
             assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
+
+
+class Trainer:
+    """What `AuxLossTrainer` asks of transformers' Trainer, which divides a loss by the accumulated batches unless the model did."""
+
+    current_gradient_accumulation_steps = 4
+
+    def __init__(self, model_accepts_loss_kwargs):
+        self.model_accepts_loss_kwargs = model_accepts_loss_kwargs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs)
+        return (outputs.sum(), outputs) if return_outputs else outputs.sum()
+
+
+class SparseTrainer(AuxLossTrainer, Trainer):
+    pass
+
+
+@pytest.mark.parametrize(("accepts", "items", "parts"), [(True, 10, 4), (True, None, 1), (False, 10, 1)])
+def test_the_trainers_loss_is_divided_once(accepts, items, parts):
+    model = sparse()
+    outputs, total = by_hand(model, X)
+    loss = SparseTrainer(accepts).compute_loss(model, X, num_items_in_batch=items)
+    torch.testing.assert_close(loss, outputs.sum() + total / parts, rtol=1e-10, atol=0)

@@ -16,6 +16,7 @@ from st_moe_pytorch.moe import MoE
 
 Where: TypeAlias = str | type[nn.Module] | tuple[str, ...] | tuple[type[nn.Module], ...]
 TORCH_LAYERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
 
 
 class FeedForward(NamedTuple):
@@ -91,9 +92,8 @@ def _whole(name: str, module: nn.Module) -> FeedForward:
     """A module, or what torch's own transformer layers have in place of one."""
     if not isinstance(module, TORCH_LAYERS):
         return FeedForward((name,), module)
-    parts = ("linear1", "activation", "dropout", "linear2")
-    modules = [part if isinstance(part, nn.Module) else _Applied(part) for part in (getattr(module, part) for part in parts)]
-    return _in_a_row([f"{name}.{part}" for part in parts], modules)
+    modules = [part if isinstance(part, nn.Module) else _Applied(part) for part in (getattr(module, part) for part in TORCH_PARTS)]
+    return _in_a_row([f"{name}.{part}" for part in TORCH_PARTS], modules)
 
 
 def _in_a_row(names: Iterable[str], modules: Sequence[nn.Module]) -> FeedForward:
@@ -106,7 +106,7 @@ def _refuse_parts_of_torchs_layers(feed_forward: FeedForward, modules: dict[str,
     for name in feed_forward.names:
         parent, _, part = name.rpartition(".")
         layer = modules.get(parent)
-        if isinstance(layer, TORCH_LAYERS) and len(feed_forward.names) == 1:
+        if isinstance(layer, TORCH_LAYERS) and len(feed_forward.names) < len(TORCH_PARTS):
             raise ValueError(
                 f"where must match a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its feed-forward, got its {part}: in "
                 "evaluation, torch computes with the weights of its parts and does not call them"

@@ -34,3 +34,21 @@ def check(rank):
 @pytest.mark.parametrize("workers", [2, 3], indirect=True)
 def test_sums_are_those_of_all_ranks(workers):
     workers.run(check)
+
+
+def check_a_group(rank):
+    """Two ranks of three, whose counts are neither those of all nor changed."""
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return
+    mine = stats_of(rank)
+    before = {name: value.clone() for name, value in vars(mine).items()}
+    summed, expected = mine.over_ranks(group), stats_of(0) + stats_of(1)
+    assert all(torch.equal(value, before[name]) for name, value in vars(mine).items())
+    for name in ("tokens", "asked", "kept", "choices_at", "dropped_at", "not_asked_at", "without_expert"):
+        assert torch.equal(getattr(summed, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("workers", [3], indirect=True)
+def test_sums_over_a_group_are_its_own(workers):
+    workers.run(check_a_group)

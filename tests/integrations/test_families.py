@@ -21,7 +21,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from st_moe_pytorch import MoE, SparseMoEBlock
+from st_moe_pytorch import Expert, MoE, SparseMoEBlock
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify, swapped
 
 DIM = 16
@@ -206,6 +206,10 @@ def test_copies_and_pickles_initialise_themselves(tmp_path):
         gate.threshold_train.fill_(torch.nan)
         other._init_weights(gate)
         torch.testing.assert_close(gate.threshold_train, torch.tensor([1e-20, 0.2]))
+        expert = Expert(DIM)
+        nn.init.zeros_(expert.net[0].bias)
+        other._init_weights(expert)
+        assert expert.net[0].bias.any()
         norm = nn.LayerNorm(DIM)
         norm.weight.data.fill_(7.0)
         other._init_weights(norm)
