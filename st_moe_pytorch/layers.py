@@ -3,6 +3,7 @@
 # pyright: reportIncompatibleMethodOverride=false
 
 from copy import deepcopy
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -180,6 +181,9 @@ def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[n
     check_counts(num_experts=num_experts)
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
+    # a function goes on calling what it was written for, where methods and partials are copied with their module
+    if assigned := [name or "itself" for name, module in ffn.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]:
+        raise ValueError(f"ffn must not have an assigned forward, which its copies would share with it, got one on {', '.join(assigned)}")
     copies = [deepcopy(ffn) for _ in range(num_experts)]
     if noise:
         with torch.no_grad():

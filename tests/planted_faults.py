@@ -899,11 +899,11 @@ FAULTS = [
         "test_watch.py::test_layers_that_run_again_in_the_backward_are_recorded_once",
     ),
     Fault(
-        "a shared feed-forward becomes several layers",
+        "a shared feed-forward is made several times",
         "tools/swap.py",
         "        if first not in layers:\n",
         "        if True:\n",
-        "test_swap.py::test_a_shared_layer_counts_once_for_each_call",
+        "test_swap.py::test_a_shared_feed_forward_is_made_once",
     ),
     Fault(
         "copies of a feed-forward are the same module",
@@ -1272,8 +1272,8 @@ FAULTS = [
     Fault(
         "losses are divided where the model takes no number of items",
         "tools/swap.py",
-        "model.training and self.model_accepts_loss_kwargs and num",
-        "model.training and num",
+        "self.model_accepts_loss_kwargs and num_items_in_batch is not None",
+        "num_items_in_batch is not None",
         "test_swap.py::test_the_trainers_loss_is_divided_once",
     ),
     Fault(
@@ -1282,6 +1282,20 @@ FAULTS = [
         "len(feed_forward.names) < len(TORCH_PARTS):",
         "len(feed_forward.names) == 1:",
         "test_find.py::test_some_parts_of_torchs_layers_are_not_enough",
+    ),
+    Fault(
+        "a loss function of the user's own is not taken for one over all items",
+        "tools/swap.py",
+        "is_scaled = by_model or self.compute_loss_func is not None",
+        "is_scaled = by_model",
+        "test_swap.py::test_the_trainers_loss_is_divided_once",
+    ),
+    Fault(
+        "copies of a feed-forward share an assigned forward",
+        "layers.py",
+        'isinstance(vars(module).get("forward"), FunctionType)',
+        "False",
+        "test_upcycle.py::test_a_feed_forward_whose_copies_would_run_the_original_is_refused",
     ),
 ]
 

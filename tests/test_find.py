@@ -143,6 +143,13 @@ class Shifted(nn.Linear):
         return super().forward(x) + self.shift
 
 
+class Strict(nn.Linear):
+    """A linear layer that, unlike torch's on the meta device, minds the dtype of its input."""
+
+    def forward(self, x):
+        return torch.einsum("bnd,hd->bnh", x, self.weight)
+
+
 class ExpertsOfItsOwn(nn.Module):
     def __init__(self):
         super().__init__()
@@ -172,7 +179,7 @@ REFUSED = {
     "name": (SparseMoeMlp(DIM, DIM), "layer.mlp looks like a mixture of experts of the model's own, a SparseMoeMlp"),
     "name inside": (nn.Sequential(SparseMoeMlp(DIM, DIM)), "layer.mlp looks like a mixture of experts of the model's own, a Sequential"),
     "half with a buffer": (Shifted(DIM, 32), "layer.mlp maps a width of 16 to 32"),
-    "half in bfloat16": (nn.Linear(DIM, 32).to(torch.bfloat16), "layer.mlp maps a width of 16 to 32"),
+    "half in bfloat16": (Strict(DIM, 32).to(torch.bfloat16), "layer.mlp maps a width of 16 to 32"),
     "one of all tokens": (Pooled(DIM, DIM), "where must match whole feed-forwards, but layer.mlp"),
 }
 
@@ -251,3 +258,9 @@ class Committee(nn.Module):
 def test_experts_are_known_by_their_name_too():
     with pytest.raises(ValueError, match=r"layer.mlp looks like a mixture of experts of the model's own, a Committee"):
         sparsify(model_of(Committee()), "layer.mlp", moe)
+
+
+@pytest.mark.parametrize("where", [("layer.mlp", nn.Linear), ["layer.mlp"], 3, ()])
+def test_what_is_neither_patterns_nor_types_is_refused(where):
+    with pytest.raises(ValueError, match="where must be a pattern, a type, or a tuple of either, got"):
+        sparsify(model_of(nn.Linear(DIM, DIM)), where, moe)

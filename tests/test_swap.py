@@ -209,6 +209,12 @@ def test_a_shared_layer_counts_once_for_each_call():
     torch.testing.assert_close(aux.total.double(), by_hand(model, X)[1], rtol=1e-12, atol=0)
 
 
+def test_a_shared_feed_forward_is_made_once():
+    made = []
+    sparsify(Model(shared=True), Feed, lambda ffn: made.append(ffn) or make())
+    assert len(made) == 1
+
+
 def test_evaluation_adds_nothing_and_nothing_stays_behind():
     model = sparse()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -321,8 +327,9 @@ class Trainer:
 
     current_gradient_accumulation_steps = 4
 
-    def __init__(self, model_accepts_loss_kwargs):
-        self.model_accepts_loss_kwargs = model_accepts_loss_kwargs
+    def __init__(self, model_accepts_loss_kwargs, compute_loss_func=None, loss_is_scaled_for_ga=None):
+        self.model_accepts_loss_kwargs, self.compute_loss_func = model_accepts_loss_kwargs, compute_loss_func
+        self.loss_is_scaled_for_ga = loss_is_scaled_for_ga
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(inputs)
@@ -333,9 +340,19 @@ class SparseTrainer(AuxLossTrainer, Trainer):
     pass
 
 
-@pytest.mark.parametrize(("accepts", "items", "parts"), [(True, 10, 4), (True, None, 1), (False, 10, 1)])
-def test_the_trainers_loss_is_divided_once(accepts, items, parts):
+@pytest.mark.parametrize(
+    ("settings", "items", "parts"),
+    [
+        ({"model_accepts_loss_kwargs": True}, 10, 4),
+        ({"model_accepts_loss_kwargs": True}, None, 1),
+        ({"model_accepts_loss_kwargs": False}, 10, 1),
+        ({"model_accepts_loss_kwargs": False, "compute_loss_func": print}, 10, 4),
+        ({"model_accepts_loss_kwargs": True, "loss_is_scaled_for_ga": False}, 10, 1),
+        ({"model_accepts_loss_kwargs": False, "loss_is_scaled_for_ga": True}, None, 4),
+    ],
+)
+def test_the_trainers_loss_is_divided_once(settings, items, parts):
     model = sparse()
     outputs, total = by_hand(model, X)
-    loss = SparseTrainer(accepts).compute_loss(model, X, num_items_in_batch=items)
+    loss = SparseTrainer(**settings).compute_loss(model, X, num_items_in_batch=items)
     torch.testing.assert_close(loss, outputs.sum() + total / parts, rtol=1e-10, atol=0)

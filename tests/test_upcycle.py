@@ -1,5 +1,7 @@
 """Upcycling: the sparse layer starts by computing what the dense one did, and experts can be averaged back."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +106,16 @@ def test_a_layer_from_dense_takes_all_settings_of_its_gate():
     assert {name: getattr(moe.gate, name) for name in settings} == settings
     assert MoE.from_dense(nn.Linear(8, 8), 8, 4, gating_top_n=1).gate.top_n == 1
     assert MoE.from_dense(nn.Linear(8, 8), 8, 4).gate.policy_eval == "all"
+
+
+def test_a_feed_forward_whose_copies_would_run_the_original_is_refused():
+    ffn = nn.Sequential(nn.Linear(8, 8))
+    original = ffn[0].forward
+    ffn[0].forward = lambda x: 2 * original(x)
+    with pytest.raises(ValueError, match=r"ffn must not have an assigned forward, .* got one on 0"):
+        MoE.from_dense(ffn, 8, 4)
+    ffn[0].forward = partial(type(ffn[0]).forward, ffn[0])  # as accelerate does, copied with its module
+    moe = MoE.from_dense(ffn, 8, 4)
+    moe(torch.randn(1, 3, 8)).outputs.sum().backward()
+    assert moe.experts.experts[1][0].weight.grad is not None
+    assert ffn[0].weight.grad is None

@@ -33,6 +33,9 @@ class FeedForward(NamedTuple):
 def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
     """The feed-forwards that `where` means, as of `sparsify`. Raises ValueError if there is none, or one that is none."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    kinds = {isinstance(part, type) for part in where} if isinstance(where, tuple) else {isinstance(where, type)}
+    if not isinstance(where, str | type | tuple) or len(kinds) != 1:
+        raise ValueError(f"where must be a pattern, a type, or a tuple of either, got {where!r}")
     parts = [part for part in where if isinstance(part, str)] if isinstance(where, tuple) else []
     if parts:
         columns = [_outermost(name for name in modules if _matches(name, part)) for part in parts]

@@ -65,9 +65,13 @@ class AuxLossTrainer:
             loss, outputs = super().compute_loss(  # pyright: ignore[reportAttributeAccessIssue] - of the Trainer
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        # where the loss is over the items of all accumulated batches, Trainer does not divide it by their number again
-        is_divided = model.training and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        loss = loss + aux.total.to(loss.device) / (self.current_gradient_accumulation_steps if is_divided else 1)
+        # a loss over the items of all accumulated batches is not divided by their number again; decided as the Trainer does
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = by_model or self.compute_loss_func is not None
+        steps = self.current_gradient_accumulation_steps if model.training and is_scaled else 1
+        loss = loss + aux.total.to(loss.device) / steps
         return (loss, outputs) if return_outputs else loss
 
 
@@ -134,6 +138,7 @@ def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoE
     make: builds the layer for one of them, which it gets, several parts as one `nn.Sequential`. The layer moves to its device, dtype and
         mode. A feed-forward that is shared gets one layer, as shared.
 
+    Swap before an optimizer or DistributedDataParallel is built: it would not know the new parameters. Hooks of a feed-forward go with it.
     Models of transformers initialise in the layers what a checkpoint lacks. To start from a dense checkpoint, load it before the swap.
 
     Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found, if what
