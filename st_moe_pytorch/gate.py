@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,27 @@ class RouterLinear(nn.Linear):
         return F.linear(input.to(dtype), self.weight.to(dtype))
 
 
-class Gate(nn.Module):
+R = TypeVar("R")
+
+
+class Routed(nn.Module, Generic[R]):
+    """A module that is called with tokens and what concerns their routing, and returns an R."""
+
+    if TYPE_CHECKING:  # editors, to which a module's call is of any type
+
+        def __call__(
+            self,
+            x: Tensor,
+            noise_gates: bool = ...,
+            noise_mult: float = ...,
+            *,
+            mask: Tensor | None = ...,
+            route_by: Tensor | None = ...,
+            draws: Tensor | None = ...,
+        ) -> R: ...
+
+
+class Gate(Routed[DenseRouting]):
     """The router of an `MoE` layer. A subclass says in `decide` what happens to a batch of logits; the rest is here, for all of them.
 
     dim, num_gates: width of a token and number of experts.
@@ -118,19 +138,6 @@ class Gate(nn.Module):
         """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
         routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
         return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
-
-    if TYPE_CHECKING:  # editors, to which a module's call is of any type
-
-        def __call__(
-            self,
-            x: Tensor,
-            noise_gates: bool = ...,
-            noise_mult: float = ...,
-            *,
-            mask: Tensor | None = ...,
-            route_by: Tensor | None = ...,
-            draws: Tensor | None = ...,
-        ) -> DenseRouting: ...
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
         """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from st_moe_pytorch.checks import check_counts, check_finite, check_noise, check_tokens, is_overridden, typechecked
 from st_moe_pytorch.compat import name_exported_tuple
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.gate import Gate, is_dense, tell
+from st_moe_pytorch.gate import Gate, Routed, is_dense, tell
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import Expert, RMSNorm, dense_copies
 from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
@@ -30,7 +30,7 @@ class MixtureOfExpertsReturn(NamedTuple):
 name_exported_tuple(MixtureOfExpertsReturn, "st_moe_pytorch.MixtureOfExpertsReturn")
 
 
-class MoE(nn.Module):
+class MoE(Routed[MixtureOfExpertsReturn]):
     """Sparse mixture-of-experts layer of ST-MoE (Zoph et al. 2022), in place of a transformer's feed-forward.
 
     1. ``gate.route`` chooses experts for every token
@@ -172,19 +172,6 @@ class MoE(nn.Module):
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
         return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
 
-    if TYPE_CHECKING:  # editors, to which a module's call is of any type
-
-        def __call__(
-            self,
-            x: Tensor,
-            noise_gates: bool = ...,
-            noise_mult: float = ...,
-            *,
-            mask: Tensor | None = ...,
-            route_by: Tensor | None = ...,
-            draws: Tensor | None = ...,
-        ) -> MixtureOfExpertsReturn: ...
-
     def extra_repr(self) -> str:
         losses = f"balance_loss_coef={self.balance_loss_coef}, router_z_loss_coef={self.router_z_loss_coef}"
         return f"{self.dim}, num_experts={self.num_experts}, {losses}"
@@ -227,7 +214,7 @@ class MoE(nn.Module):
         return outputs.reshape(*x.shape[:2], outputs.shape[-1]), balance, z
 
 
-class SparseMoEBlock(nn.Module):
+class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
     """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help (appendix C).
 
     ``x = ff_before(x) + x;  x = moe(norm(x)) + x;  x = ff_after(x) + x``, where the feed-forwards normalise their own input.
@@ -266,19 +253,6 @@ class SparseMoEBlock(nn.Module):
         if self.ff_after is not None:
             x = self.ff_after(x) + x
         return MixtureOfExpertsReturn(x, *losses)
-
-    if TYPE_CHECKING:  # editors, to which a module's call is of any type
-
-        def __call__(
-            self,
-            x: Tensor,
-            noise_gates: bool = ...,
-            noise_mult: float = ...,
-            *,
-            mask: Tensor | None = ...,
-            route_by: Tensor | None = ...,
-            draws: Tensor | None = ...,
-        ) -> MixtureOfExpertsReturn: ...
 
 
 def _grouped(t: Tensor, ndim: int) -> Tensor:

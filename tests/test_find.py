@@ -244,15 +244,8 @@ def test_some_parts_of_torchs_layers_are_not_enough():
         sparsify(model, ("*.linear1", "*.linear2"), moe)
 
 
-class Committee(nn.Module):
+class Committee(ExpertsOfItsOwn):
     """Experts that only their name tells of."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList([nn.Linear(DIM, DIM)])
-
-    def forward(self, x):
-        return self.experts[0](x)
 
 
 def test_experts_are_known_by_their_name_too():

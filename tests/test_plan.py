@@ -274,3 +274,15 @@ def test_settings_that_are_not_read_are_refused(training, unread):
         moe(X)
     with pytest.raises(ValueError, match=rf"settings\['tight'\] must be read in this mode, but {unread} is not"):
         plan(moe, records[""], {"tight": {unread: 1.0}}, training=training)
+
+
+def test_plans_choose_by_the_bias_of_the_gate():
+    torch.manual_seed(0)
+    moe = MoE(8, 4, gate=TopNGating(8, 4, balance_bias=True, policy_train="all"))
+    moe.gate.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 2.0]))
+    with record_routing(moe) as records:
+        moe(X)
+    (routing,) = records[""]
+    assert (routing.indices == torch.tensor([1, 3])).all()
+    assert torch.equal(reroute(moe.gate, routing).indices, routing.indices)
+    assert not torch.equal(reroute(moe.gate, routing, balance_bias=False).indices, routing.indices)

@@ -36,7 +36,7 @@ def gather_counts(
     if len(set(checksums)) > 1:
         require_agreement(agreement, channel)
     if sum(claims):
-        require_equal_copies(copies, channel)
+        raise RuntimeError(unequal_copies(copies, channel))
     if end > MESSAGE:
         gathered = [first + rest for first, rest in zip(gathered, _gather_integers(message[MESSAGE:], channel, device), strict=True)]
     return [line[start:end] for line in gathered], any(needed)
@@ -46,12 +46,7 @@ def agree_with_replicas(copies: Sequence[str], needs_grad: bool, replicas: Chann
     """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
     holders = dict.fromkeys(copies, range(replicas.size))
     claims, needed = zip(*_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True)
-    try:
-        if sum(claims):
-            require_equal_copies(holders, replicas)
-    except RuntimeError as error:
-        return True, str(error)
-    return any(needed), None
+    return any(needed), unequal_copies(holders, replicas) if sum(claims) else None
 
 
 def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
@@ -87,35 +82,30 @@ def require_agreement(agreement: Mapping[str, str], channel: Channel) -> None:
         raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))
 
 
-def require_equal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> None:
-    """Raise the same RuntimeError on all ranks unless every trainable parameter is trainable on all ranks that hold it."""
+def unequal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> str | None:
+    """Which parameter is trainable on some of the ranks that hold it, and not on others: the same words on all ranks."""
     everyone = gather_objects(dict(copies), channel)
     for name, ranks in {name: ranks for theirs in everyone for name, ranks in theirs.items()}.items():
         if frozen := [rank for rank in ranks if name not in everyone[rank]]:
-            raise RuntimeError(
+            return (
                 f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and frozen or missing on rank "
                 f"{', '.join(map(str, frozen))}: set its requires_grad alike on all of them"
             )
+    return None
 
 
-def agree_on_results(results: Sequence[Tensor] | Exception, channel: Channel, device: torch.device | None) -> torch.dtype:
+def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype:
     """The widest dtype of what all ranks' experts returned, whose width is one, in one collective of two numbers.
 
-    Raises on all ranks where experts of one of them raised, there their own error; and the same RuntimeError where widths differ or a
-    dtype is none of a real number.
+    Raises RuntimeError where experts of another rank failed; and the same one on all ranks where widths differ or a dtype is none of a
+    real number.
     """
-    if isinstance(results, Exception):
-        dtypes, width, code = set(), 0, FAILED
-    else:
-        dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
-        code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
-    gathered = _gather_integers([code, width], channel, device)
+    dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
+    code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
+    gathered = _gather_integers([code, width], channel, results[0].device)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if FAILED in codes:
-        reasons = gather_objects(f"{type(results).__name__}: {results}" if isinstance(results, Exception) else None, channel)
-        if isinstance(results, Exception):
-            raise results
-        failed = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        failed = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(gather_objects(None, channel)) if reason)
         raise RuntimeError(f"{channel.layer}: experts failed on {failed}")
     if len(widths) > 1 or NO_NUMBER in codes:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -123,6 +113,12 @@ def agree_on_results(results: Sequence[Tensor] | Exception, channel: Channel, de
         require_agreement({"layer": channel.layer, **entries}, channel)
         raise RuntimeError(f"{channel.layer}: the experts' results must be of one of the dtypes {DTYPES}, got {names}")
     return _widest({DTYPES[code] for code in codes})
+
+
+def tell_of_failure(error: Exception, channel: Channel, device: torch.device) -> None:
+    """In place of `agree_on_results`, on a rank whose experts raised an error."""
+    _gather_integers([FAILED, 0], channel, device)
+    gather_objects(f"{type(error).__name__}: {error}", channel)
 
 
 def _widest(dtypes: set[torch.dtype]) -> torch.dtype:

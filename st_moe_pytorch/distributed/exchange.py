@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from st_moe_pytorch.compat import is_reentrant_checkpoint
-from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts
+from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts, tell_of_failure
 from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
@@ -53,10 +53,10 @@ class ExpertParallel(NamedTuple):
         """All ranks that gradients of the experts come from."""
         return self.placement.num_ranks * (1 if self.data_parallel is None else self.data_parallel.size)
 
-    def holders_of(self, number: int, name: str) -> Sequence[int]:
-        """The ranks of the channel that hold a parameter of an expert."""
-        tie = self.ties.get(f"{number}.{name}")
-        return self.placement.holders_of(number) if tie is None else tie[1]
+    def holding(self, number: int, name: str) -> tuple[str, Sequence[int]]:
+        """The name of a parameter of an expert that is the same on all ranks that hold it, and those ranks of the channel."""
+        own = f"{number}.{name}"
+        return self.ties.get(own, (own, self.placement.holders_of(number)))
 
     @property
     def has_copies(self) -> bool:
@@ -69,7 +69,7 @@ class ExpertParallel(NamedTuple):
         found: dict[nn.Parameter, Copy] = {}
         for number in self.experts if self.has_copies else ():
             for name, parameter in experts[number].named_parameters():
-                key, holders = self.ties.get(f"{number}.{name}", (f"{number}.{name}", self.holders_of(number, name)))
+                key, holders = self.holding(number, name)
                 if parameter.requires_grad and (len(holders) > 1 or self.data_parallel is not None):
                     found.setdefault(parameter, Copy(key, holders, parameter, [])).places.append((number, name))
         return sorted(found.values(), key=lambda copy: copy.name)
@@ -146,14 +146,14 @@ class Exchange(NamedTuple):
 
     def to_tokens(self, results: Sequence[Tensor]) -> Tensor:
         """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of any rank's."""
-        dtype = agree_on_results(results, self.parallel.channel, results[0].device)
+        dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(self._scaled(returning, 1 / self._scale), self.back)
 
     def fail(self, error: Exception, device: torch.device) -> None:
-        """In place of `to_tokens` where experts raised an error: raises it here and tells it to all ranks, which wait for results."""
-        agree_on_results(error, self.parallel.channel, device)
+        """In place of `to_tokens` where experts raised an error: tell it to all ranks, which wait for results."""
+        tell_of_failure(error, self.parallel.channel, device)
 
     @property
     def _scale(self) -> int:

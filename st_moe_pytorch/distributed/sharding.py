@@ -183,7 +183,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         counted = by_channel.setdefault(channel, {})
         for number in parallel.experts:
             for name, parameter in experts[number].named_parameters():
-                if parallel.holders_of(number, name)[0] == channel.rank:
+                _, holders = parallel.holding(number, name)
+                if holders[0] == channel.rank:
                     counted[parameter] = None
     for channel, parameters in by_channel.items():
         # on the device of the experts, also where this rank counts none of them
