@@ -1,7 +1,7 @@
-"""Names of torch, and one of transformers, that are not public, each in one function. A test of each fails when it changes."""
+"""Names of torch that are not public, each in one function. A test of each fails when it changes."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import _StopRecomputationError
 
 
@@ -49,14 +49,37 @@ def may_be_derived(*tensors: Tensor | float) -> bool:
     return any(map(torch._C._functorch.is_legacy_batchedtensor, given))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+WORTH_FUSING = 2**20  # numbers; of fewer, a kernel takes less time than finding the compiled code
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the function, as few kernels where its first tensor is a large one on a GPU for which torch.compile has Triton.
+
+    For functions of tensors that are called without a graph, as in `torch.autograd.Function`; elsewhere they run as they are written.
+    """
+
+    @wraps(function)
+    def run(*inputs: Any) -> Any:
+        return (_compiled(function) if _is_fused(inputs[0]) else function)(*inputs)
+
+    return run
+
+
+def _is_fused(t: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not t.is_cuda or t.numel() < WORTH_FUSING:
+        return False
+    is_plain = not (torch.is_grad_enabled() or is_transformed() or is_fake(t) or torch.autograd.forward_ad._current_level >= 0)
+    return is_plain and has_triton()
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
 def ends_recomputation(error: Exception) -> bool:
     """Whether this is how activation checkpointing stops a forward that it runs again, once it has what it needs."""
     return isinstance(error, _StopRecomputationError)
-
-
-def is_reentrant_checkpoint(node: Any) -> bool:
-    """Whether a node of a graph of gradients is a forward that reentrant activation checkpointing runs again, in a graph of its own."""
-    return node.name() == "CheckpointFunctionBackward"
 
 
 if TYPE_CHECKING:
@@ -80,6 +103,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(map(len, hooks))
 
 
+def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write tensors into a stack of them, which may have another dtype: in few kernels, where torch.stack casts one by one."""
+    if stack.dtype == tensors[0].dtype:
+        torch.stack(list(tensors), out=stack)
+    else:
+        torch._foreach_copy_(stack.unbind(), list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def contents(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter | None]]:
+    """Its own modules and parameters by name, without the search for repeated ones that their public names go through."""
+    return module._modules, module._parameters  # pyright: ignore[reportReturnType]
+
+
 def name_exported_tuple(cls: type, name: str) -> None:
     """Let torch.export.save write results of this NamedTuple, under this name."""
     _pytree._register_namedtuple(cls, serialized_type_name=name)
@@ -91,34 +127,3 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     torch._dynamo.graph_break(msg="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True")
     return torch.compiler.disable(function)
-
-
-def group_named(name: str) -> ProcessGroup:
-    """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
-
-
-def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Have a model of transformers, which initialises what a checkpoint lacks module by module, call reset_parameters of these kinds."""
-    if hasattr(type(model), "_init_weights"):
-        vars(model)["_init_weights"] = partial(_init_weights, model, kinds)  # a copy of the model gets one of its own
-
-
-def _init_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], module: nn.Module) -> None:
-    if isinstance(module, kinds):
-        module.reset_parameters()  # pyright: ignore[reportCallIssue]
-    else:
-        cls: Any = type(model)
-        cls._init_weights(model, module)
-
-
-def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
-    """Have DistributedDataParallel pass over these parameters and buffers of a model, and over those that it was told of before."""
-    names = sorted({*names, *getattr(model, "_ddp_params_and_buffers_to_ignore", ())})
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-
-
-def is_managed_by_ddp(parameter: nn.Parameter | None) -> bool:
-    """Whether the DistributedDataParallel whose forward is running averages this parameter."""
-    active: Any = DistributedDataParallel._active_ddp_module
-    return active is not None and any(managed is parameter for managed in active._module_parameters)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import NoneType
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import ProcessGroup, eager, ends_recomputation, has_hooks, is_batched
-from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.exchange import ExpertParallel, refuse_reentrant
+from st_moe_pytorch.compat import ProcessGroup, contents, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
+from st_moe_pytorch.distributed.exchange import ExpertParallel, run_over_ranks
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
@@ -139,29 +140,8 @@ class Experts(nn.Module):
         if parallel is None:
             y = self._run(range(self.num_experts), blocks)
         else:
-            y = [self._run_over_ranks(rows[: ends[-1]], sizes, parallel).unsqueeze(0)]
+            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, self._run).unsqueeze(0)]
         return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
-
-    def _run_over_ranks(self, rows: Tensor, sizes: list[int], parallel: ExpertParallel) -> Tensor:
-        """Rows (t d) sorted by expert -> (t d'), each computed by the rank that it is placed on."""
-        needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
-        copies = parallel.copies(self.experts) if torch.is_grad_enabled() else []
-        exchange = parallel.exchange(rows, sizes, needs_grad, copies)
-        blocks = exchange.to_experts(rows)
-        blocks[0], joined = parallel.join_replicas(blocks[0], copies)
-        try:
-            results = [y.squeeze(0) for y in self._run(parallel.experts, [block.unsqueeze(0) for block in blocks], joined)]
-            for number, own in joined.items():
-                place = parallel.experts.index(number)
-                refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], blocks[place], *own.values())
-        except Exception as error:
-            if not ends_recomputation(error):
-                exchange.fail(error, rows.device)
-            raise
-        if not parallel.sharded:  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
-            others = [expert for number, expert in enumerate(self.experts) if number not in parallel.experts]
-            results[0] = used_for_nothing(results[0], *others)
-        return exchange.to_tokens(results)
 
     def _run(
         self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]] | None = None
@@ -217,25 +197,6 @@ class Experts(nn.Module):
         return outputs
 
 
-def used_for_nothing(y: Tensor, *modules: nn.Module) -> Tensor:
-    """y itself, and a gradient of zero for each parameter of the modules."""
-    return _UsedForNothing.apply(y, *(p for module in modules for p in module.parameters() if p.requires_grad))
-
-
-class _UsedForNothing(torch.autograd.Function):
-    @staticmethod
-    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
-
-
 def may_share_products(t: Tensor) -> bool:
     """Whether experts that are alike run through shared products: everywhere but in eager mode on CPU, where a loop is as fast."""
     return t.device.type != "cpu" or is_blind(t)
@@ -247,15 +208,20 @@ PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 def are_alike(experts: nn.ModuleList) -> bool:
     """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into them."""
+    first, *others = (looks(expert) for expert in experts)
+    return first is not None and type(experts[0]) is Expert and all(other == first for other in others)
 
-    def looks(expert: nn.Module) -> list[tuple[Any, ...]]:
-        modules = [(name, type(module), module.training, module.extra_repr()) for name, module in expert.named_modules()]
-        return modules + [(name, type(p), p.dtype, p.device) for name, p in expert.named_parameters()]
 
-    modules = [module for expert in experts for module in expert.modules()]
-    is_plain = all(type(module) in PLAIN and "forward" not in vars(module) and not has_hooks(module) for module in modules)
-    is_plain = is_plain and all(type(parameter) is nn.Parameter for parameter in experts.parameters())
-    return is_plain and all(type(expert) is Expert and looks(expert) == looks(experts[0]) for expert in experts)
+def looks(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every forward."""
+    children, parameters = contents(module)
+    if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
+        return None
+    own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
+    parts = [(name, looks(child)) for name, child in children.items()]
+    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(part is None for _, part in parts):
+        return None
+    return type(module), module.training, getattr(module, "p", None), own, parts
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:

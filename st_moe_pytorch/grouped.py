@@ -1,25 +1,30 @@
 """The one product for all experts: rows sorted by expert, each times its expert's own matrix. Axes: e experts, t rows, i and o widths.
 
-``grouped_linear`` is an operator of torch, so that code around it compiles and exports to one graph for every dtype, whose size does not
-grow with the experts. It takes lists of the experts' own parameters: they stay where they are, in their modules.
+``grouped_linear`` takes lists of the experts' own parameters: they stay where they are, in their modules. It is made of operators of torch,
+so that code around it compiles and exports to one graph for every dtype, whose size does not grow with the experts.
 
 On CUDA, bfloat16 goes through one kernel (`torch.nn.functional.grouped_mm`) that needs no look at the offsets on GPUs that have it, and one
-copy of the matrices. Every other dtype on an accelerator takes a product for each expert and waits for the offsets, once each way.
+copy of the matrices, which is kept for the backward pass. Every other dtype on an accelerator takes a product for each expert and waits for
+the offsets, once each way.
 """
+
+# pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from st_moe_pytorch.compat import copy_each, fused
 
 MOST_GROUPS = 1023  # of CUDA's kernel
 ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multiples of
 
 
-@torch.library.custom_op("st_moe_pytorch::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor) -> Tensor:
     """``(rows * scales[j]) @ weights[j].T + biases[j]`` for the rows of each expert j: (t i) -> (t o), in the dtype of rows.
 
@@ -28,8 +33,19 @@ def grouped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
 
     Twice differentiable, in rows and parameters. Experts without rows get gradients of zero.
     """
-    if _has_kernel(rows, offsets):
-        return _kernel_forward(rows, weights, biases, scales, offsets)
+    if not _has_kernel(rows, offsets):
+        return looped_linear(rows, weights, biases, scales, offsets)
+    matrices = stacked(weights, rows.dtype)
+    if scales:
+        matrices = matrices * stacked(scales, rows.dtype).unsqueeze(1)
+    y, width = grouped_product(_aligned(rows), matrices, offsets), len(weights[0])
+    y = y if y.shape[1] == width else y[:, :width]
+    return _AddBias.apply(y, stacked(biases, rows.dtype)[:, :width], offsets) if biases else y
+
+
+@torch.library.custom_op("st_moe_pytorch::looped_linear", mutates_args=())
+def looped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    """`grouped_linear` by a product for each expert."""
     y = rows.new_empty(rows.shape[0], weights[0].shape[0])
     for j, block in _blocks(offsets):
         matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
@@ -38,13 +54,11 @@ def grouped_linear(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     return y
 
 
-@torch.library.custom_op("st_moe_pytorch::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(
+@torch.library.custom_op("st_moe_pytorch::looped_linear_backward", mutates_args=())
+def looped_linear_backward(
     grad: Tensor, rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor, of_parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows (t i), weights (e o i), biases (e o) and scales (e i); without ``of_parameters``, of rows only."""
-    if _has_kernel(rows, offsets):
-        return _kernel_backward(grad, rows, weights, scales, offsets, of_parameters)
     drows, dweights, dbiases, dscales = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters)
     for j, block in _blocks(offsets):
         torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
@@ -59,12 +73,12 @@ def grouped_linear_backward(
     return drows, dweights, dbiases, dscales
 
 
-@grouped_linear.register_fake
+@looped_linear.register_fake
 def _empty_result(rows: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], weights[0].shape[0])
 
 
-@grouped_linear_backward.register_fake
+@looped_linear_backward.register_fake
 def _empty_gradients(
     grad: Tensor, rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor, of_parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +102,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, offsets, *parameters = ctx.saved_tensors
     e = ctx.num_experts
     weights, scales = parameters[:e], parameters[e:]
-    drows, *others = grouped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, ctx.of_parameters)
+    drows, *others = looped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, ctx.of_parameters)
     if not ctx.of_parameters:
         return drows, [None] * e, [None] * ctx.num_biases, [None] * len(scales), None
     # views of one buffer each, which become the parameters' gradients without a copy
@@ -109,34 +123,34 @@ def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> t
     nothing = [weights[0].new_zeros(weights[0].shape[0])] * len(weights)
 
     def gradients(rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return grouped_linear_backward(grad, rows, weights, scales, offsets, True)
+        return looped_linear_backward(grad, rows, weights, scales, offsets, True)
 
-    dgrad = grouped_linear(u, weights, nothing, scales, offsets)
+    dgrad = looped_linear(u, weights, nothing, scales, offsets)
     _, dweights, _, dscales = gradients(u, weights, scales)
     drows = torch.zeros_like(rows)
     if len(v):
-        dgrad = dgrad + grouped_linear(rows, v.unbind(), c.unbind(), scales, offsets)
+        dgrad = dgrad + looped_linear(rows, v.unbind(), c.unbind(), scales, offsets)
         drows, _, _, more = gradients(rows, v.unbind(), scales)
         dscales = dscales + more
     if len(q):
-        dgrad = dgrad + grouped_linear(rows, weights, nothing, q.unbind(), offsets)
+        dgrad = dgrad + looped_linear(rows, weights, nothing, q.unbind(), offsets)
         more, more_weights, _, _ = gradients(rows, weights, q.unbind())
         drows, dweights = drows + more, dweights + more_weights
     dweights, dscales = (list(t.to(weights[0].dtype).unbind()) for t in (dweights, dscales))
     return dgrad, drows, dweights, dscales, None, None
 
 
-grouped_linear.register_autograd(_gradients, setup_context=_keep)
-grouped_linear_backward.register_autograd(_second_gradients, setup_context=_keep_for_second)
+looped_linear.register_autograd(_gradients, setup_context=_keep)
+looped_linear_backward.register_autograd(_second_gradients, setup_context=_keep_for_second)
 
 
-@register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear)
+@register_flop_formula(torch.ops.st_moe_pytorch.looped_linear)
 def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
     """Of all rows, since how many belong to an expert is not known without a look at the data."""
     return 2 * rows[0] * weights[0][0] * weights[0][1]
 
 
-@register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
+@register_flop_formula(torch.ops.st_moe_pytorch.looped_linear_backward)
 def _backward_flops(
     grad: Sequence[int], rows: Sequence[int], weights: Sequence[Sequence[int]], scales: Any, offsets: Any, of_parameters: bool, **_: Any
 ) -> int:
@@ -161,48 +175,112 @@ def _has_kernel(rows: Tensor, offsets: Tensor) -> bool:
     return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and len(offsets) <= MOST_GROUPS
 
 
-def _kernel_forward(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor) -> Tensor:
-    matrices = _stacked(weights, rows.dtype)
-    if scales:
-        matrices *= _stacked(scales, rows.dtype).unsqueeze(1)
-    y = F.grouped_mm(_aligned(rows), matrices.transpose(1, 2), offs=offsets)
-    owners = torch.searchsorted(offsets, torch.arange(len(rows), dtype=offsets.dtype, device=offsets.device), right=True)
-    if biases:
-        y += _stacked(biases, rows.dtype).index_select(0, owners.clamp(max=len(biases) - 1))
-    return _nobodys_row_zero(y[:, : len(weights[0])].contiguous(), offsets)
-
-
-def _kernel_backward(
-    grad: Tensor, rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor, of_parameters: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (out, into), wide, matrices = weights[0].shape, _aligned(grad), _stacked(weights, rows.dtype)
-    factors = _stacked(scales, rows.dtype).unsqueeze(1) if scales else None
-    scaled = matrices if factors is None else matrices * factors
-    drows = _nobodys_row_zero(F.grouped_mm(wide, scaled, offs=offsets)[:, :into].contiguous(), offsets)
-    if not of_parameters:
-        _, *none = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters)
-        return drows, *none
-    empty = offsets.diff(prepend=offsets.new_zeros(1)).view(-1, 1, 1) == 0  # not written on some GPUs
-    products = F.grouped_mm(wide.t(), _aligned(rows), offs=offsets).masked_fill_(empty, 0.0)
-    sums = F.grouped_mm(wide.t(), wide.new_ones(len(wide), ALIGNMENT), offs=offsets).masked_fill_(empty, 0.0)  # no atomics
-    dscales = (products * matrices).sum(dim=1)[: len(scales), :into].contiguous()
-    dweights = products if factors is None else products * factors
-    return drows, dweights[:, :out, :into].contiguous(), sums[:, :out, 0].contiguous(), dscales
-
-
-def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(e ...), copied and cast in one pass into a buffer whose other axes are padded with zeros to aligned sizes."""
-    sizes = tensors[0].shape
-    buffer = tensors[0].new_zeros(len(tensors), *(size + -size % ALIGNMENT for size in sizes), dtype=dtype)
-    torch.stack(list(tensors), out=buffer[(slice(None), *map(slice, sizes))])
+@torch.library.custom_op("st_moe_pytorch::stacked", mutates_args=())
+def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(e ...), copied and cast in one pass, the other axes padded with zeros to aligned sizes."""
+    buffer = _empty_stack(tensors, dtype)
+    if buffer.shape[1:] != tensors[0].shape:
+        buffer.zero_()
+    copy_each(buffer[(slice(None), *map(slice, tensors[0].shape))], tensors)
     return buffer
 
 
+@stacked.register_fake
+def _empty_stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(len(tensors), *(size + -size % ALIGNMENT for size in tensors[0].shape), dtype=dtype)
+
+
+def _keep_shape(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape, ctx.dtype = inputs[0][0].shape, inputs[0][0].dtype
+
+
+def _unstacked(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Views of one buffer, which become the parameters' gradients without a copy where sizes are aligned."""
+    return list(grad[(slice(None), *map(slice, ctx.shape))].to(ctx.dtype).contiguous().unbind()), None
+
+
+stacked.register_autograd(_unstacked, setup_context=_keep_shape)
+
+
+@torch.library.custom_op("st_moe_pytorch::grouped_product", mutates_args=())
+def grouped_product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """``rows @ matrices[j].T`` for the rows of each expert j: (t i), (e o i) -> (t o), all sizes aligned; nobody's row gives zero."""
+    y = F.grouped_mm(rows, matrices.transpose(1, 2), offs=offsets)
+    y[-1:].masked_fill_(offsets[-1] < len(y), 0.0)
+    return y
+
+
+@grouped_product.register_fake
+def _empty_product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], matrices.shape[1])
+
+
+@torch.library.custom_op("st_moe_pytorch::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """``left.T @ right`` of the rows of each expert: (t o), (t i) -> (e o i), zero for those without rows."""
+    return _with_zeros(F.grouped_mm(left.t(), right, offs=offsets), offsets)
+
+
+@fused
+def _with_zeros(products: Tensor, offsets: Tensor) -> Tensor:
+    """Of experts without rows, which the kernel of some GPUs leaves unwritten."""
+    is_empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+    return products.masked_fill_(is_empty.view(-1, 1, 1), 0.0)
+
+
+@grouped_outer.register_fake
+def _empty_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(len(offsets), left.shape[1], right.shape[1])
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, matrices, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    dmatrices = grouped_outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
+    return grouped_product(grad, matrices.transpose(1, 2), offsets), dmatrices, None
+
+
+def _outer_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    left, right, offsets = ctx.saved_tensors
+    return grouped_product(right, grad, offsets), grouped_product(left, grad.transpose(1, 2), offsets), None
+
+
+grouped_product.register_autograd(_product_gradients, setup_context=_keep_all)
+grouped_outer.register_autograd(_outer_gradients, setup_context=_keep_all)
+
+
+@register_flop_formula([torch.ops.st_moe_pytorch.grouped_product, torch.ops.st_moe_pytorch.grouped_outer])
+def _flops_of_products(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+class _AddBias(Function):
+    """Rows y (t o), each plus its expert's own bias (e o); nobody's rows as they are."""
+
+    @staticmethod
+    def forward(y: Tensor, biases: Tensor, offsets: Tensor) -> Tensor:
+        return _add_bias(y, biases, offsets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ones = grad.new_ones(len(grad), ALIGNMENT)
+        return grad, grouped_outer(_aligned(grad), ones, *ctx.saved_tensors)[:, : grad.shape[1], 0], None
+
+
+@fused
+def _add_bias(y: Tensor, biases: Tensor, offsets: Tensor) -> Tensor:
+    owners = torch.searchsorted(offsets, torch.arange(len(y), dtype=offsets.dtype, device=y.device), right=True)
+    return y + F.pad(biases, (0, 0, 0, 1)).index_select(0, owners)
+
+
 def _aligned(rows: Tensor) -> Tensor:
-    return F.pad(rows, (0, -rows.shape[1] % ALIGNMENT)).contiguous()
-
-
-def _nobodys_row_zero(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Rows (t d), changed in place: the last one zero where it belongs to no expert."""
-    rows[-1:].masked_fill_(offsets[-1] < len(rows), 0.0)
-    return rows
+    rest = -rows.shape[1] % ALIGNMENT
+    return (F.pad(rows, (0, rest)) if rest else rows).contiguous()

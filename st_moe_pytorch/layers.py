@@ -2,6 +2,7 @@
 
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections.abc import Sequence
 from copy import deepcopy
 from types import FunctionType
 from typing import Any
@@ -12,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import may_be_derived, with_known_signature
+from st_moe_pytorch.compat import fused, may_be_derived, with_known_signature
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
@@ -130,10 +131,20 @@ def gated_gelu(z: Tensor, mult_bias: Tensor | float = 1.0) -> Tensor:
     return _GatedGELU.apply(z, mult_bias)
 
 
+@fused
 def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
     x, gate = z.chunk(2, dim=-1)
     hidden = F.gelu(gate) * x
     return hidden * mult_bias if isinstance(mult_bias, Tensor) else hidden
+
+
+@fused
+def _gradients_of_gated_gelu(grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool) -> tuple[Tensor, Tensor | None]:
+    x, gate = z.chunk(2, dim=-1)
+    dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
+    dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if of_factor else None
+    dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
+    return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
 
 
 @with_known_signature
@@ -153,13 +164,12 @@ class _GatedGELU(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         z, *factor = ctx.saved_tensors
+        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype or grad.is_cuda:
+            return _gradients_of_gated_gelu(grad, z, factor, ctx.needs_input_grad[1])
         x, gate = z.chunk(2, dim=-1)
         dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
         dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if ctx.needs_input_grad[1] else None
-        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype:
-            dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
-            return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
-        dz = torch.empty_like(z)
+        dz = torch.empty_like(z)  # written in place, for less memory
         torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
         torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
         return dz, dbias

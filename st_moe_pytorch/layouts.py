@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.compat import may_be_derived, with_known_signature
+from st_moe_pytorch.compat import fused, may_be_derived, with_known_signature
 
 
 class Layout(NamedTuple):
@@ -101,7 +101,7 @@ def straight_through(rows: Tensor, gates: Tensor, layout: Layout) -> Tensor:
 
 
 def weighted_sum(y: Tensor, gates: Tensor, layout: Layout) -> Tensor:
-    """Rows y (t d') and gates (N k) of one dtype -> tokens (N d'): the rows of each token's choices, times their gates, summed."""
+    """Rows y (t d') and gates (N k) -> tokens (N d') in their wider dtype: the rows of each token's choices, times their gates, summed."""
     return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places)
 
 
@@ -117,7 +117,7 @@ class _Gather(Function):
         if x.shape[0] == 0:
             return x.new_zeros(tokens.shape[0], x.shape[1])
         rows = x.index_select(0, tokens)
-        rows[-1] = 0.0
+        rows[-1:].zero_()
         return rows
 
     @staticmethod
@@ -154,7 +154,7 @@ class _StraightThrough(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, gates, choices, places = ctx.saved_tensors
-        dgates = _at_places(torch.linalg.vecdot(grad, rows).to(gates.dtype), places)
+        dgates = _at_places(_products(grad, rows).to(gates.dtype), places)
         return _straight_through(grad, gates, choices, places), dgates, None, None
 
 
@@ -166,11 +166,36 @@ class _EagerStraightThrough(_StraightThrough):
         return tangent if dgates is None else tangent + rows * _at_choices(dgates, choices).to(rows.dtype)
 
 
+@fused
+def _sum_each(y: Tensor, gates: Tensor, places: Tensor) -> Tensor:
+    """Sums (N d) in float32 or more, choice after choice: where memory is what takes time, in one kernel that reads each row once."""
+    wide = torch.promote_types(torch.promote_types(y.dtype, gates.dtype), torch.float32)
+    total = torch.zeros(places.shape[0], y.shape[1], dtype=wide, device=y.device)
+    for j in range(places.shape[1]):
+        total = total + y.index_select(0, places[:, j]).to(wide) * gates[:, j : j + 1].to(wide)
+    return total
+
+
+@fused
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+@fused
+def _sum_gradients(grad: Tensor, y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y (t d) and of the gate of each row (t); the last row's is zero, as its gate is."""
+    rows = grad.index_select(0, tokens)
+    return (rows * _at_choices(gates, choices)).to(y.dtype), (rows * y).sum(dim=-1).to(gates.dtype)
+
+
 @with_known_signature
 class _SumChoices(Function):
     @staticmethod
     def forward(y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
-        return F.embedding_bag(places, y.contiguous(), mode="sum", per_sample_weights=gates)
+        dtype = torch.promote_types(y.dtype, gates.dtype)
+        if y.device.type != "cpu":
+            return _sum_each(y, gates, places).to(dtype)
+        return F.embedding_bag(places, y.to(dtype).contiguous(), mode="sum", per_sample_weights=gates.to(dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -180,10 +205,14 @@ class _SumChoices(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         y, gates, tokens, choices, places = ctx.saved_tensors
+        is_last = torch.compiler.is_compiling() or not may_be_derived(grad, y, gates)
+        if y.device.type != "cpu" and grad.shape[0] > 0 and is_last:
+            dy, dgates = _sum_gradients(grad, y, gates, tokens, choices)
+            return dy, _at_places(dgates, places) if ctx.needs_input_grad[1] else None, None, None, None
         rows = _gather(grad, tokens, choices, places)
-        dgates = _at_places(torch.linalg.vecdot(rows, y), places) if ctx.needs_input_grad[1] else None
+        dgates = _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype) if ctx.needs_input_grad[1] else None
         times = torch.mul if may_be_derived(grad, y, gates) else Tensor.mul_
-        return times(rows, _at_choices(gates, choices)), dgates, None, None, None
+        return times(rows, _at_choices(gates, choices)).to(y.dtype), dgates, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:

@@ -146,9 +146,8 @@ class Routing(NamedTuple):
         if layout is None:
             layout = self.buffers()
             y = layout.join(y)
-        dtype = torch.promote_types(y.dtype, self.gates.dtype)
-        gates = self.gates.flatten(0, 1).masked_fill(layout.places == y.shape[0] - 1, 0.0)
-        return weighted_sum(y.to(dtype), gates.to(dtype), layout).view(*self.indices.shape[:2], y.shape[-1])
+        gates = self.gates.masked_fill(~self._is_sent(), 0.0).flatten(0, 1)
+        return weighted_sum(y, gates, layout).view(*self.indices.shape[:2], y.shape[-1])
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups. They define the layer and cost n^2:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import RMSNorm, compat
+from st_moe_pytorch import RMSNorm, compat, distributed, grouped, layers, layouts, tools
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -45,7 +46,7 @@ def test_the_end_of_a_recomputation_is_told_from_other_errors():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_reentrant_checkpointing_is_seen_in_a_graph(use_reentrant):
     y = checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=use_reentrant)
-    assert compat.is_reentrant_checkpoint(y.grad_fn) == use_reentrant
+    assert distributed.compat.is_reentrant_checkpoint(y.grad_fn) == use_reentrant
 
 
 def test_transforms_are_noticed():
@@ -79,8 +80,8 @@ def test_models_of_transformers_initialise_our_modules_too():
     config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1)
     model = transformers.GPT2LMHeadModel(config)
     model.transformer.extra = RMSNorm(4)
-    compat.initialize_with(model.transformer, (RMSNorm,))
-    compat.initialize_with(nn.Linear(2, 2), (RMSNorm,))
+    tools.compat.initialize_with(model.transformer, (RMSNorm,))
+    tools.compat.initialize_with(nn.Linear(2, 2), (RMSNorm,))
     nn.init.zeros_(model.transformer.extra.gamma)
     nn.init.zeros_(model.transformer.wte.weight)
     for module in model.modules():
@@ -177,13 +178,67 @@ def test_code_that_is_compiled_runs_a_function_in_eager_mode():
     assert compat.eager(inner) is inner
 
 
+def test_functions_are_fused_for_large_tensors_on_a_gpu_alone():
+    calls = []
+
+    @compat.fused
+    def double(x):
+        calls.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    large = torch.ones(compat.WORTH_FUSING)
+    with torch.no_grad():
+        assert torch.equal(double(large), 2 * large)
+    assert calls == [False]
+    assert isinstance(has_triton(), bool)
+
+
+@pytest.mark.compile
+def test_fused_functions_give_their_numbers_compiled_too():
+    tokens, k, d = 32, 3, 8
+    rows = tokens * k
+    y, gates, places = torch.randn(rows + 1, d), torch.rand(tokens, k), torch.randperm(rows).view(tokens, k)
+    choices, z, offsets = torch.randperm(rows + 1), torch.randn(rows, 2 * d), torch.tensor([10, 10, rows - 2], dtype=torch.int32)
+    of_tokens = (choices // k).clamp(max=tokens - 1)
+    for function, *inputs in (
+        (layouts._sum_each, y, gates, places),
+        (layouts._sum_gradients, torch.randn(tokens, d), y, gates, of_tokens, choices),
+        (layouts._products, y, y),
+        (layers._gated_gelu, z, torch.rand(d)),
+        (layers._gradients_of_gated_gelu, torch.randn(rows, d), z, (torch.rand(d),), True),
+        (grouped._add_bias, z, torch.randn(3, 2 * d), offsets),
+        (grouped._with_zeros, torch.randn(3, d, d), offsets),
+    ):
+        with torch.no_grad():
+            copies = [[t.clone() if isinstance(t, torch.Tensor) else t for t in inputs] for _ in range(2)]
+            expected, found = function(*copies[0]), torch.compile(function)(*copies[1])
+        pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+        for wanted, actual in pairs:
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_are_copied_into_a_stack_of_either_dtype(dtype):
+    tensors, stack = [torch.randn(2, 3) for _ in range(4)], torch.zeros(4, 2, 5, dtype=dtype)
+    compat.copy_each(stack[:, :, :3], tensors)
+    assert torch.equal(stack[:, :, :3], torch.stack(tensors).to(dtype))
+    assert not stack[:, :, 3:].any()
+
+
+def test_contents_of_a_module_are_its_own():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    assert compat.contents(module) == ({"0": module[0], "1": module[1]}, {})
+    assert compat.contents(module[0])[1] == {"weight": module[0].weight, "bias": None}
+
+
 def test_groups_and_ddp(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
         group = dist.new_group([0])
-        assert compat.group_named(group.group_name) is group
+        assert distributed.compat.group_named(group.group_name) is group
         with pytest.raises(RuntimeError):
-            compat.group_named("no such group")
+            distributed.compat.group_named("no such group")
 
         class Model(nn.Module):
             def __init__(self):
@@ -191,12 +246,12 @@ def test_groups_and_ddp(tmp_path):
                 self.averaged, self.own = nn.Linear(2, 2), nn.Linear(2, 2)
 
             def forward(self, x):
-                seen = [compat.is_managed_by_ddp(module.weight) for module in (self.averaged, self.own)]
+                seen = [distributed.compat.is_managed_by_ddp(module.weight) for module in (self.averaged, self.own)]
                 return self.own(self.averaged(x)) * (seen == [True, False])
 
         model = Model()
-        compat.leave_out_of_ddp(model, ["own.weight", "own.bias"])
+        distributed.compat.leave_out_of_ddp(model, ["own.weight", "own.bias"])
         assert DistributedDataParallel(model)(torch.ones(1, 2)).any()
-        assert not compat.is_managed_by_ddp(model.averaged.weight)
+        assert not distributed.compat.is_managed_by_ddp(model.averaged.weight)
     finally:
         dist.destroy_process_group()

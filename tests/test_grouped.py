@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import st_moe_pytorch.grouped as grouped
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
 from st_moe_pytorch.experts import are_alike, run_shared
-from st_moe_pytorch.grouped import grouped_linear, grouped_linear_backward
+from st_moe_pytorch.grouped import grouped_linear, grouped_outer, grouped_product, looped_linear, looped_linear_backward, stacked
 
 INTO, OUT = 5, 3
 
@@ -139,10 +139,48 @@ def test_operators_are_what_torch_expects_of_them(scaled):
     with torch.no_grad():
         grad = torch.randn(len(rows), OUT, dtype=torch.float64)
     for tensors in (lambda t: t, lambda t: [p.detach() for p in t]):
-        torch.library.opcheck(grouped_linear, (rows, tensors(weights), tensors(biases), tensors(scales), offsets))
+        torch.library.opcheck(looped_linear, (rows, tensors(weights), tensors(biases), tensors(scales), offsets))
         for of_parameters in (True, False):
             arguments = (grad, rows.detach(), tensors(weights), tensors(scales), offsets, of_parameters)
-            torch.library.opcheck(grouped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(looped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operators_of_the_kernel_are_what_torch_expects_of_them():
+    rows, weights, _, _, offsets = problem(sizes=(2, 0, 4), rest=2, dtype=torch.float32)
+    rows, grad = (torch.randn(8, width, requires_grad=True) for width in (16, 8))
+    matrices = torch.randn(3, 8, 16, requires_grad=True)
+    for function, *arguments in (
+        (stacked, weights, torch.float32),
+        (grouped_product, rows, matrices, offsets),
+        (grouped_outer, grad, rows, offsets),
+    ):
+        # what memory behind the last expert's rows holds differs from run to run, so that values are compared elsewhere
+        torch.library.opcheck(function, tuple(arguments), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_second_derivatives_through_the_kernel_are_those_of_the_loop(scaled):
+    problems = problem(scaled=scaled, dtype=torch.float32)
+    offsets, used = problems[-1], int(problems[-1][-1])
+    rows = problems[0].detach().nan_to_num()
+    parameters = [[t.detach() for t in tensors] for tensors in problems[1:-1]]
+    cotangents = [torch.randn(used, OUT), *(torch.randn_like(t) for tensors in ([rows], *parameters) for t in tensors)]
+    cotangents[1][used:] = 0
+
+    def run(kernel):
+        leaves = [rows.clone().requires_grad_(), *(t.clone().requires_grad_() for tensors in parameters for t in tensors)]
+        e = len(offsets)
+        given = leaves[1 : e + 1], leaves[e + 1 : 2 * e + 1], leaves[2 * e + 1 :]
+        with kernel_on_cpu() if kernel else nullcontext():
+            y = grouped_linear(leaves[0], *given, offsets)[:used].square()
+            first = torch.autograd.grad(y, leaves, cotangents[0], create_graph=True)
+            return torch.autograd.grad(first, leaves, cotangents[1:])
+
+    for actual, expected in zip(run(kernel=True), run(kernel=False), strict=True):
+        of_rows = actual.shape == rows.shape
+        # an expert without rows has none, in one as in the other
+        assert_close(*(t[:used] if of_rows else t for t in (actual, expected)), 1e-4, may_vanish=True)
+        assert expected.any() or not of_rows
 
 
 def alike(number=3, **options) -> Experts:
@@ -266,24 +304,25 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(num_experts, training):
+def operations(num_experts, training, kernel):
     """Of a block on the meta device, where whatever depends on data raises: in forward, and in backward."""
     block = SparseMoEBlock(MoE(8, num_experts), add_ff_before=True).to("meta").train(training)
     x = torch.empty(2, 32, 8, device="meta", requires_grad=training)
     mask = torch.ones(2, 32, dtype=torch.bool, device="meta")
-    with Operations() as forward:
+    with Operations() as forward, patch.object(grouped, "_has_kernel", lambda *_: kernel):
         outputs, auxiliary, *_ = block(x, mask=mask)
     assert outputs.shape == x.shape
-    with Operations() as backward:
+    with Operations() as backward, patch.object(grouped, "_has_kernel", lambda *_: kernel):
         if training:
             (outputs.sum() + auxiliary).backward()
             assert all(parameter.grad is not None for parameter in block.parameters())
     return forward.counts, backward.counts
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_operations_do_not_grow_with_the_number_of_experts_but_for_views(training):
-    few, many = operations(4, training), operations(32, training)
+def test_operations_do_not_grow_with_the_number_of_experts_but_for_views(training, kernel):
+    few, many = operations(4, training, kernel), operations(32, training, kernel)
     assert few[0].total() > 50
     assert few[0] == many[0]
     grown = {name for name in many[1] if many[1][name] != few[1][name]}
@@ -305,12 +344,14 @@ def test_eager_experts_on_cpu_are_called_and_others_share_products():
         assert shared.call_count == 1
 
 
-def test_flops_of_the_layer_are_counted():
-    moe = MoE(8, 4, capacity_factor_train=None, balance_loss_coef=0.0)
-    hidden = int(8 * 4 * 2 / 3)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_flops_of_the_layer_are_counted(kernel):
+    moe = MoE(8, 4, expert_hidden_mult=6, capacity_factor_train=None, balance_loss_coef=0.0)
+    hidden = int(8 * 6 * 2 / 3)  # aligned, since padding is computed with, and counted
     x = torch.empty(1, 16, 8, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, patch.object(grouped, "_has_kernel", lambda *_: kernel):
         moe.to("meta")(x).outputs.sum().backward()
     products = 3 * 2 * (16 * 2 + 1) * (8 * 2 * hidden + hidden * 8)
     router = 3 * 2 * 16 * 8 * 4
-    assert counter.get_total_flops() == products + router
+    of_biases = 2 * (16 * 2 + 1) * (2 * hidden + 8) * grouped.ALIGNMENT if kernel else 0
+    assert counter.get_total_flops() == products + router + of_biases

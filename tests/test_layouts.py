@@ -5,7 +5,7 @@ import torch
 from oracles import assert_close, gradients
 from torch.func import functional_call, jacfwd, jacrev
 
-from st_moe_pytorch import Expert, MoE, TopNGating
+from st_moe_pytorch import Expert, MoE, TopNGating, layouts
 
 
 def routing_of(k, capacity_factor=0.6, straight_through=True, n=7):
@@ -238,3 +238,23 @@ def test_forward_and_reverse_mode_agree_with_straight_through():
     x = torch.randn(1, 5, 4, dtype=torch.float64)
     forward, reverse = (jacobian(lambda x: moe(x).outputs)(x) for jacobian in (jacfwd, jacrev))
     assert_close(forward, reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sums_off_the_cpu_are_those_of_the_cpu(dtype):
+    """Where memory is what takes time, results are summed by other operations, which run on the CPU too."""
+    experts = torch.randint(0, 5, (12, 3))  # the number 4 stands for a choice that is not sent
+    layout = layouts.rows_layout(experts, 4, 40)
+    y, gates = torch.randn(len(layout.tokens), 6, dtype=dtype), torch.rand(12, 3, dtype=torch.promote_types(dtype, torch.float32))
+    y[layout.offsets[-1] :] = 0
+    gates.masked_fill_(experts == 4, 0)
+    y, gates = y.requires_grad_(), gates.requires_grad_()
+    expected = layouts.weighted_sum(y, gates, layout)
+    rtol = 1e-12 if dtype == torch.float64 else 1e-6
+    assert_close(layouts._sum_each(y, gates, layout.places), expected, rtol)
+    cotangent = torch.randn_like(expected)
+    dy, dgates = layouts._sum_gradients(cotangent, y.detach(), gates.detach(), layout.tokens, layout.choices)
+    wanted_dy, wanted_dgates = gradients(expected, cotangent, [y, gates])
+    assert_close(dy.double(), wanted_dy.double(), max(rtol, 1e-2 if dtype == torch.bfloat16 else 0))
+    is_sent = experts < 4
+    assert_close(dgates[layout.places][is_sent], wanted_dgates[is_sent], rtol)

@@ -22,14 +22,21 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 # imports only point up this list
 ORDER = [
     *("compat", "checks", "topk", "losses", "layouts", "routing", "gate", "gating", "grouped", "layers"),
-    *("distributed.placement", "distributed.collectives", "distributed.agreement", "distributed.strategies", "distributed.exchange"),
+    *(
+        "distributed.compat",
+        "distributed.placement",
+        "distributed.collectives",
+        "distributed.agreement",
+        "distributed.strategies",
+        "distributed.exchange",
+    ),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),
-    *("tools.upcycle", "tools.watch", "tools.find", "tools.swap", "tools.plan", "tools.audit", "tools.pictures", "tools"),
+    *("tools.compat", "tools.upcycle", "tools.watch", "tools.find", "tools.swap", "tools.plan", "tools.audit", "tools.pictures", "tools"),
     "st_moe_pytorch",
 ]
 
-MOST_CODE = {"st_moe_pytorch": 1500, "distributed": 900, "tools": 1400}
+MOST_CODE = {"st_moe_pytorch": 1600, "distributed": 900, "tools": 1400}
 
 
 def name_of(path: Path) -> str:
@@ -90,11 +97,11 @@ def test_private_names_of_others_are_in_one_file():
 
 
 def test_every_function_of_compat_has_a_test():
-    tree = ast.parse((PACKAGE / "compat.py").read_text())
     tests = (ROOT / "tests" / "test_compat.py").read_text()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert f"compat.{node.name}(" in tests or f"compat.{node.name}\n" in tests, node.name
+    for path in PACKAGE.rglob("compat.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert f"compat.{node.name}(" in tests or f"compat.{node.name}\n" in tests, node.name
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from st_moe_pytorch.compat import ProcessGroup, group_named
+from st_moe_pytorch.compat import ProcessGroup
+from st_moe_pytorch.distributed.compat import group_named
 
 
 class Channel(NamedTuple):
@@ -96,6 +97,25 @@ class _AllGather(Function):
         rows, ranks = ctx.sizes[ctx.channel.rank], ctx.channel.size
         parts = all_to_all(grads[0], ctx.sizes, [rows] * ranks, ctx.channel)
         return parts.view(ranks, rows, *parts.shape[1:]).sum(dim=0), None, None
+
+
+def used_for_nothing(y: Tensor, *modules: nn.Module) -> Tensor:
+    """y itself, and a gradient of zero for each parameter of the modules."""
+    return _UsedForNothing.apply(y, *(p for module in modules for p in module.parameters() if p.requires_grad))
+
+
+class _UsedForNothing(Function):
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
 def scale_gradient(x: Tensor, factor: float, layer: str) -> Tensor:

@@ -3,17 +3,21 @@
 Axes: e experts, r ranks, t rows, d width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.compat import is_reentrant_checkpoint
+from st_moe_pytorch.compat import ends_recomputation
 from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts, tell_of_failure
-from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient
+from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient, used_for_nothing
+from st_moe_pytorch.distributed.compat import is_reentrant_checkpoint
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
+
+# (numbers of experts, their rows (1 t d), tensors in place of their parameters by number and name) -> their results (1 t d')
+Run = Callable[[Sequence[int], Sequence[Tensor], Mapping[int, dict[str, Tensor]]], list[Tensor]]
 
 
 class Copy(NamedTuple):
@@ -183,3 +187,25 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
             )
         seen.add(node)
         nodes += [node for node, _ in node.next_functions]
+
+
+def run_over_ranks(experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], parallel: ExpertParallel, run: Run) -> Tensor:
+    """Rows (t d) sorted by expert, sizes[i] of them for expert i -> (t d'), each computed by the rank that it is placed on."""
+    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
+    copies = parallel.copies(experts) if torch.is_grad_enabled() else []
+    exchange = parallel.exchange(rows, sizes, needs_grad, copies)
+    blocks = exchange.to_experts(rows)
+    blocks[0], joined = parallel.join_replicas(blocks[0], copies)
+    try:
+        results = [y.squeeze(0) for y in run(parallel.experts, [block.unsqueeze(0) for block in blocks], joined)]
+        for number, own in joined.items():
+            place = parallel.experts.index(number)
+            refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], blocks[place], *own.values())
+    except Exception as error:
+        if not ends_recomputation(error):
+            exchange.fail(error, rows.device)
+        raise
+    if not parallel.sharded:  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
+        others = [expert for number, expert in enumerate(experts) if number not in parallel.experts]
+        results[0] = used_for_nothing(results[0], *others)
+    return exchange.to_tokens(results)

@@ -5,8 +5,8 @@ one process had run each rank's tokens through the whole model: under `data_para
 Every rank has to run every forward and every backward, on no tokens if it has none.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch.compat import DeviceMesh, ProcessGroup, is_managed_by_ddp, leave_out_of_ddp
+from st_moe_pytorch.compat import DeviceMesh, ProcessGroup
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.compat import is_managed_by_ddp, leave_out_of_ddp
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
@@ -24,7 +25,6 @@ from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, stra
 M = TypeVar("M", bound=nn.Module)
 
 
-@runtime_checkable
 class Shardable(Protocol):
     """What `shard_experts` looks for in a model: a module with a list of experts that can keep some of them."""
 
@@ -52,7 +52,7 @@ def shard_experts(model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | N
     check_strategy(strategy)
     groups = group_names(process_group_or_mesh)
     agreed = Channel("shard_experts", groups[0])
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Shardable)}
+    layers = dict(_shardable(model))
     problem = _problem_with(model, layers)
     tensors = {} if problem else {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     loaded = " and ".join(sorted({"on the meta device" if t.is_meta else "loaded" for t in tensors.values()}))
@@ -78,6 +78,12 @@ def shard_experts(model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | N
     return model
 
 
+def _shardable(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Shardable]]:
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if hasattr(module, "shard") and hasattr(module, "parallel"):
+            yield name, cast(Shardable, module)
+
+
 def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | None:
     """Why a model cannot be sharded, if it cannot."""
     if not layers:
@@ -94,9 +100,7 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
         for number, expert in enumerate(layer.experts):
             for parameter in expert.parameters():
                 holders.setdefault(parameter, {}).setdefault(name, (layer.num_experts, set()))[1].add(number)
-    prefixes = tuple(
-        f"{name}.experts.".removeprefix(".") for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Shardable)
-    )
+    prefixes = tuple(f"{name}.experts.".removeprefix(".") for name, _ in _shardable(model, remove_duplicate=False))
     for parameter, names in _names_by_parameter(model).items():
         if parameter not in holders:
             continue
@@ -128,7 +132,7 @@ def ties_of(experts: nn.ModuleList, placement: Placement) -> dict[str, tuple[str
 
 def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.ModuleList, ExpertParallel]]:
     """The experts that are sharded, and how, by the names of their layer, of which it may have several."""
-    layers = ((name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Shardable))
+    layers = _shardable(model, remove_duplicate=False)
     return {name: (layer.experts, layer.parallel) for name, layer in layers if layer.parallel is not None}
 
 

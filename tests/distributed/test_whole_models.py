@@ -10,9 +10,9 @@ from reference import DIM, different_experts, largest_error, relative_error
 from torch import nn
 
 from st_moe_pytorch import Expert, Experts, MoE
-from st_moe_pytorch.compat import leave_out_of_ddp
 from st_moe_pytorch.distributed import check_expert_parallel, clip_grad_norm_, data_parallel, full_state_dict, shard_experts
 from st_moe_pytorch.distributed.collectives import all_to_all
+from st_moe_pytorch.distributed.compat import leave_out_of_ddp
 
 
 def two_layers(common):

@@ -1,0 +1,32 @@
+"""Names of torch that are not public and concern several ranks, each in one function. A test of each fails when it changes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from st_moe_pytorch.compat import ProcessGroup
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node of a graph of gradients is a forward that reentrant activation checkpointing runs again, in a graph of its own."""
+    return node.name() == "CheckpointFunctionBackward"
+
+
+def group_named(name: str) -> ProcessGroup:
+    """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """Have DistributedDataParallel pass over these parameters and buffers of a model, and over those that it was told of before."""
+    names = sorted({*names, *getattr(model, "_ddp_params_and_buffers_to_ignore", ())})
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def is_managed_by_ddp(parameter: nn.Parameter | None) -> bool:
+    """Whether the DistributedDataParallel whose forward is running averages this parameter."""
+    active: Any = DistributedDataParallel._active_ddp_module
+    return active is not None and any(managed is parameter for managed in active._module_parameters)

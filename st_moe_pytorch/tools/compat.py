@@ -1,0 +1,20 @@
+"""Names of other libraries that are not public, each in one function. A test of each fails when it changes."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have a model of transformers, which initialises what a checkpoint lacks module by module, call reset_parameters of these kinds."""
+    if hasattr(type(model), "_init_weights"):
+        vars(model)["_init_weights"] = partial(_init_weights, model, kinds)  # a copy of the model gets one of its own
+
+
+def _init_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], module: nn.Module) -> None:
+    if isinstance(module, kinds):
+        module.reset_parameters()  # pyright: ignore[reportCallIssue]
+    else:
+        cls: Any = type(model)
+        cls._init_weights(model, module)
