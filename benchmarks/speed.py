@@ -1,4 +1,4 @@
-"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios measured in one run.
+"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios of the same round.
 
     python benchmarks/speed.py                       # everything, about half an hour
     python benchmarks/speed.py --only decoding       # the workloads with that word in their name
@@ -26,7 +26,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -194,29 +194,53 @@ def install_peers(folder: str) -> str:
     return python
 
 
-def compare(work: Workload, pythons: dict[str, str], rounds: int, settings: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Medians over rounds of what every contender takes, each time in a fresh process."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons if is_possible(name, work)}
+Results = dict[str, list[dict[str, float]]]
+"""What each contender took, a result for each round."""
+
+
+def floor_of(work: Workload) -> Workload:
+    """The same products in the same mode: workloads that have this in common are compared with one floor."""
+    return work._replace(name="", compiled=False)
+
+
+def compare(works: Sequence[Workload], pythons: dict[str, str], rounds: int, settings: dict[str, str]) -> dict[str, Results]:
+    """Every contender on workloads of one floor, in turns, each time in a fresh process."""
+    found: dict[str, Results] = {work.name: {name: [] for name in pythons if is_possible(name, work)} for work in works}
     environment = os.environ | settings | {"PYTHONWARNINGS": "ignore"}
     for _ in range(rounds):
-        for contender, results in found.items():
-            command = [pythons[contender], __file__, "--measure", contender, json.dumps(work)]
-            process = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if process.returncode:
-                raise SystemExit(f"{contender}, {work.name}:\n{process.stderr}")
-            results.append(json.loads(process.stdout.splitlines()[-1]))
-    return {name: {key: median(result[key] for result in results) for key in results[0]} for name, results in found.items()}
+        floor: dict[str, float] = {}
+        for work in works:
+            for contender, results in found[work.name].items():
+                if contender == "floor" and floor:
+                    results.append(floor)
+                    continue
+                command = [pythons[contender], __file__, "--measure", contender, json.dumps(work)]
+                process = subprocess.run(command, capture_output=True, text=True, env=environment)
+                if process.returncode:
+                    raise SystemExit(f"{contender}, {work.name}:\n{process.stderr}")
+                results.append(json.loads(process.stdout.splitlines()[-1]))
+                floor = results[-1] if contender == "floor" else floor
+    return found
 
 
-def cells(found: dict[str, dict[str, float]]) -> list[str]:
+def ratios(found: Results, name: str, key: str, base: str) -> str:
+    """A contender's multiple of another one's, round by round: the median and, in brackets, the least and the most."""
+    if name not in found:
+        return ""
+    each = [mine[key] / max(theirs[key], 1e-9) for mine, theirs in zip(found[name], found[base], strict=True)]
+    spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+    return f"{median(each):.2f}{spread}"
+
+
+def cells(found: Results) -> list[str]:
     """Time of every contender and memory of all but the floor, as multiples of the floor's and the layer's."""
-    floor, layer = found["floor"]["seconds"], found["layer"]["memory"]
-    times = [f"{found[name]['seconds'] / floor:.2f}" if name in found else "" for name in CONTENDERS[1:]]
-    memories = [f"{found[name]['memory'] / max(layer, 1):.1f}" if name in found else "" for name in CONTENDERS[2:]]
-    return [*times, f"{floor * 1e3:.2f} ms", f"{layer / 2**20:.0f} MiB", *memories]
+    times = [ratios(found, name, "seconds", "floor") for name in CONTENDERS[1:]]
+    memories = [ratios(found, name, "memory", "layer").partition(" ")[0] for name in CONTENDERS[2:]]
+    floor, memory = (median(result[key] for result in found[name]) for name, key in (("floor", "seconds"), ("layer", "memory")))
+    return [*times, f"{floor * 1e3:.2f} ms", f"{memory / 2**20:.0f} MiB", *memories]
 
 
-def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+def plot(found: dict[str, Results], path: Path) -> None:
     """Cost per token over the length of the sequence and over the number of experts."""
     import matplotlib
 
@@ -229,7 +253,8 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     for axes, (label, (word, of)) in zip(panels, series.items(), strict=True):
         works = [work for work in WORKLOADS if word in work.name and work.name in found]
         for color, name in enumerate(CONTENDERS):
-            points = [(of(work), found[work.name][name]["seconds"] / work.b / work.n * 1e6) for work in works if name in found[work.name]]
+            taken = {work: found[work.name][name] for work in works if name in found[work.name]}
+            points = [(of(work), median(r["seconds"] for r in results) / work.b / work.n * 1e6) for work, results in taken.items()]
             if points:
                 axes.loglog(*zip(*points, strict=True), marker="o", color=f"C{color}", label=name)
         values = sorted({of(work) for work in works})
@@ -267,11 +292,12 @@ def main() -> None:
         memories = [f"memory: {name} / layer" for name in CONTENDERS[2:]]
         header = ["workload", "(b, n, d), experts, k", *times, "floor", "memory of layer", *memories]
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        found = {}
-        for work in works:
-            found[work.name] = compare(work, pythons, args.rounds, {} if args.default_allocator else KEEP_MEMORY)
-            shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
-            print(f"| {work.name} | {shape} | {' | '.join(cells(found[work.name]))} |", flush=True)
+        found: dict[str, Results] = {}
+        for alike in {floor_of(work): [other for other in works if floor_of(other) == floor_of(work)] for work in works}.values():
+            found |= compare(alike, pythons, args.rounds, {} if args.default_allocator else KEEP_MEMORY)
+            for work in alike:
+                shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
+                print(f"| {work.name} | {shape} | {' | '.join(cells(found[work.name]))} |", flush=True)
     if args.plot:
         plot(found, args.plot)
 

@@ -41,7 +41,7 @@ def check_counts(**counts: int | None) -> None:
     """Raise ValueError unless every named count is None or a positive whole number."""
     check_positive(**counts)
     for name, count in counts.items():
-        if count is not None and not isinstance(count, SupportsIndex):
+        if count is not None and not hasattr(count, "__index__"):
             raise ValueError(f"{name} must be a whole number, got {count}")
 
 

@@ -149,14 +149,15 @@ class Experts(nn.Module):
         """Each expert on its rows (1 t d), with other parameters in place of its own if given -> its results (1 t d').
 
         An expert without rows runs too, so that its parameters get a gradient, of zero, in every step; one that cannot is passed over, with
-        the same gradients. Where nothing needs gradients, one expert without rows at most runs, but for those with hooks: FSDP's wait for
-        the other ranks.
+        the same gradients. Where nothing needs gradients, an expert without rows runs only if none has any, but for those with hooks:
+        FSDP's wait for the other ranks.
         """
         results: dict[int, Tensor] = {}
         refusals: list[Exception] = []
+        has_work = any(block.shape[1] > 0 for block in blocks)
         for number, block in zip(numbers, blocks, strict=True):
             is_idle = block.shape[1] == 0
-            if is_idle and results and not torch.is_grad_enabled() and not has_hooks(self.experts[number]):
+            if is_idle and (results or has_work) and not torch.is_grad_enabled() and not has_hooks(self.experts[number]):
                 continue
             try:
                 results[number] = self._call(number, block, None if parameters is None else parameters.get(number))

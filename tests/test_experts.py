@@ -164,15 +164,15 @@ def test_an_error_of_an_expert_names_it():
     assert caught.value.__notes__ == ["This was expert 1, called with tokens of shape (1, 3, 4)."]
 
 
-def test_without_gradients_one_idle_expert_runs_and_those_with_hooks():
+def test_without_gradients_idle_experts_run_only_with_hooks_or_if_all_are():
     experts, hooked = Experts([Recorder(i) for i in range(4)]), []
     experts.experts[2].register_forward_pre_hook(lambda module, args: hooked.append(args[0].shape))
     with torch.no_grad():
         experts(*rows_to(0, 3, 0, 0))
-        assert [expert.shapes for expert in experts.experts] == [[(1, 0, 4)], [(1, 3, 4)], [(1, 0, 4)], []]
+        assert [expert.shapes for expert in experts.experts] == [[], [(1, 3, 4)], [(1, 0, 4)], []]
         assert hooked == [(1, 0, 4)]
         assert experts(*rows_to(0, 0, 0, 0)).shape == (1, 4)
-    assert [len(expert.shapes) for expert in experts.experts] == [2, 1, 2, 0]
+    assert [len(expert.shapes) for expert in experts.experts] == [1, 1, 2, 0]
 
 
 def test_an_expert_that_changes_its_input_is_named():
