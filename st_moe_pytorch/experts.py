@@ -1,7 +1,7 @@
 """The experts of a layer. Axes: b groups, n tokens or slots, d width, e experts, t rows."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import NoneType
 from typing import Any
 
@@ -140,8 +140,19 @@ class Experts(nn.Module):
         if parallel is None:
             y = self._run(range(self.num_experts), blocks)
         else:
-            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, self._run).unsqueeze(0)]
+            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, self._run_placed).unsqueeze(0)]
         return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
+
+    def _run_placed(self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]) -> list[Tensor]:
+        """`_run` or, where products are shared, the same by those of all experts that are placed here."""
+        placed = SharedProducts(self.experts[number] for number in numbers)
+        if not (may_share_products(blocks[0]) and are_alike(placed)):
+            return self._run(numbers, blocks, parameters)
+        sizes = [block.shape[1] for block in blocks]
+        offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)
+        own = {f"{numbers.index(number)}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
+        y = functional_call(placed, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
+        return list(y.unsqueeze(0).split(sizes, dim=1))
 
     def _run(
         self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]] | None = None
@@ -242,6 +253,13 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
         hidden = dropout[0](hidden)
     biases = [gelu.mult_bias for gelu in gelus if isinstance(gelu.mult_bias, Tensor)]
     return grouped_linear(hidden, *_parameters(down), biases, offsets)
+
+
+class SharedProducts(nn.ModuleList):
+    """Experts that are alike: `run_shared` as a module, so that other tensors may stand in for its parameters."""
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        return run_shared(self, rows, offsets)
 
 
 def _parameters(linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:

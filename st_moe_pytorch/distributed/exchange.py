@@ -198,9 +198,10 @@ def run_over_ranks(experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], p
     blocks[0], joined = parallel.join_replicas(blocks[0], copies)
     try:
         results = [y.squeeze(0) for y in run(parallel.experts, [block.unsqueeze(0) for block in blocks], joined)]
-        for number, own in joined.items():
+        replaced = [t for own in joined.values() for t in own.values()]
+        for number in joined:
             place = parallel.experts.index(number)
-            refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], blocks[place], *own.values())
+            refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], *blocks, *replaced)
     except Exception as error:
         if not ends_recomputation(error):
             exchange.fail(error, rows.device)

@@ -1,6 +1,7 @@
 """Expert parallelism against one process that runs each rank's tokens, one rank after the other, through the unsharded model."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch import Expert, MoE
-from st_moe_pytorch.distributed import data_parallel, shard_experts
+from st_moe_pytorch.distributed import check_expert_parallel, data_parallel, shard_experts
+from st_moe_pytorch.experts import run_shared
 
 RANKS = (1, 2, 3, 4, 5, 8)
 EXPERTS = (1, 3, 4, 5, 8)
@@ -120,3 +122,23 @@ def test_everything_equals_one_process(workers, num_experts, case):
     errors = {key: error for result in workers.run(exactness, num_experts, case) for key, error in result.items()}
     worst = max(errors, key=errors.get)
     assert errors[worst] < 1e-12, {key: error for key, error in errors.items() if error >= 1e-12}
+
+
+def shared_products(rank, ranks, num_experts):
+    """Experts of one shape, through products that those of a rank have in common, as on accelerators."""
+    torch.manual_seed(0)
+    experts = [Expert(DIM, 2, prenorm=True) for _ in range(num_experts)]
+    moe = MoE(DIM, num_experts, experts=experts, gating_top_n=2, capacity_factor_train=1.0)
+    with (
+        patch("st_moe_pytorch.experts.may_share_products", lambda t: True),
+        patch("st_moe_pytorch.experts.run_shared", wraps=run_shared) as shared,
+    ):
+        errors = check_expert_parallel(moe, torch.randn(rank + 1, 3 + rank, DIM))
+    return max(errors.values()), shared.call_count - ranks  # one process runs every rank's tokens, too
+
+
+@pytest.mark.parametrize(("workers", "num_experts"), [(1, 3), (2, 4), (2, 5), (3, 4)], indirect=["workers"])
+def test_products_that_experts_of_a_rank_share(workers, num_experts):
+    for error, calls in workers.run(shared_products, workers.size, num_experts):
+        assert error < 1e-12
+        assert calls == 1
