@@ -355,13 +355,13 @@ FAULTS = [
     Fault(
         "the capacity of the first call is kept",
         "gating.py",
-        "capacity = self._capacity(groups[1])",
-        'capacity = vars(self).setdefault("kept_capacity", self._capacity(groups[1]))',
+        "capacity = self.capacity(groups[1])",
+        'capacity = vars(self).setdefault("kept_capacity", self.capacity(groups[1]))',
         "test_gating.py::test_capacity_is_that_of_the_mode_and_of_the_length_at_hand",
     ),
     Fault(
         "evaluation has the capacity of training",
-        "gating.py",
+        "gate.py",
         "factor = self.capacity_factor_train if self.training else self.capacity_factor_eval",
         "factor = self.capacity_factor_train",
         "test_gating.py::test_capacity_is_that_of_the_mode_and_of_the_length_at_hand",
