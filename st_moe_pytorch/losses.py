@@ -26,11 +26,11 @@ def token_balance_loss(probs: Tensor, mask: Tensor) -> Tensor:
     n is the number of real tokens of the group and ``P_t`` the mean over experts of the probability of token t: 1 where
     all tokens are wanted alike, n where every expert insists on the same one.
 
-    probs (b n e) sum to 1 over n, mask (b n) True for real tokens -> 0-d. Groups without a real token are left out.
+    probs (b n e), 0 for padding, sum to 1 over n, mask (b n) True for real tokens -> 0-d. Groups without a real token are
+    left out.
     """
     tokens = mask.sum(dim=1)
-    wanted = probs.mean(dim=-1).masked_fill(~mask, 0.0)
-    loss = tokens * wanted.square().sum(dim=1)
+    loss = tokens * probs.mean(dim=-1).square().sum(dim=1)
     return loss.sum() / (tokens > 0).sum().clamp(min=1)
 
 

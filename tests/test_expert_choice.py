@@ -265,6 +265,25 @@ def test_straight_through_is_off_unless_asked_for():
         assert gradient.any() == routing.straight_through
 
 
+def test_derivatives_are_those_of_finite_differences():
+    moe, x = build(3), torch.randn(1, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def scalar(x):
+        outputs, total, *_ = moe(x)
+        return outputs.square().sum() + total
+
+    assert torch.autograd.gradcheck(scalar, x)
+    assert torch.autograd.gradgradcheck(scalar, x)
+
+
+def test_exported_for_any_length():
+    moe, x = build(4).eval(), torch.randn(2, 9, 6, dtype=torch.float64)
+    exported = torch.export.export(moe, (x,), dynamic_shapes={"x": {1: torch.export.Dim.DYNAMIC}}).module()
+    for length in (9, 4, 30):
+        x = torch.randn(2, length, 6, dtype=torch.float64)
+        assert_close(exported(x).outputs, moe(x).outputs)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_padding_is_never_picked_nor_looked_at(way):
     moe = build(capacity_factor_train=4.0)

@@ -53,7 +53,8 @@ def build(num_experts, case):
     torch.manual_seed(num_experts)
     options = {"capacity_factor_train": None} if case == "ragged" else {"capacity_factor_train": 1.0}
     if case == "experts choose":
-        options = {"gate": ExpertChoiceGating(DIM, num_experts, straight_through_dispatch_tensor=True)}
+        settings = {"capacity_factor_train": 0.8, "min_expert_capacity": 1, "straight_through_dispatch_tensor": True}
+        options = {"gate": ExpertChoiceGating(DIM, num_experts, **settings)}
     model = Model(num_experts, **options).double()
     if case == "one expert":
         with torch.no_grad():
