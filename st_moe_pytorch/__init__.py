@@ -1,6 +1,7 @@
 """Mixture-of-experts layers of ST-MoE (Zoph et al. 2022) for PyTorch."""
 
 from st_moe_pytorch import st_moe_pytorch
+from st_moe_pytorch.expert_choice import ExpertChoiceGating
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.gating import TopNGating
@@ -15,6 +16,7 @@ __all__ = [
     "GEGLU",
     "DenseRouting",
     "Expert",
+    "ExpertChoiceGating",
     "Experts",
     "Gate",
     "Layout",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_counts, check_noise, check_tokens, is_overridden
+from st_moe_pytorch.checks import check_counts, check_noise, check_positive, check_tokens, is_overridden
 from st_moe_pytorch.compat import has_hooks
-from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
+from st_moe_pytorch.routing import DenseRouting, Routing, expert_capacity, without_autocast
 
 
 class Listeners(threading.local):
@@ -68,9 +68,16 @@ class Gate(Routed[DenseRouting]):
     group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to heed.
     jitter: in training, what the router looks at is multiplied by uniform numbers in [1 - jitter, 1 + jitter] (ST-MoE, section 3.2).
 
+    Subclasses that have a capacity set ``capacity_factor_train``, ``capacity_factor_eval`` and ``min_expert_capacity``, as
+    those of `TopNGating`, and ask `capacity`.
+
     `MoE` calls `route`: assign or override it to replace or record decisions. `forward` gives them as dense tensors, as 0.1.8 did; where
     it is overridden or hooked, those tensors decide, at a cost that is quadratic in the number of tokens.
     """
+
+    capacity_factor_train: float | None = None
+    capacity_factor_eval: float | None = None
+    min_expert_capacity: int = 4
 
     def __init__(self, dim: int, num_gates: int, *, group_size: int | None = None, jitter: float = 0.0) -> None:
         super().__init__()
@@ -138,6 +145,17 @@ class Gate(Routed[DenseRouting]):
         """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
         routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
         return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
+
+    def check_capacity(self) -> None:
+        """Raise ValueError for settings of capacity that mean nothing."""
+        check_counts(min_expert_capacity=self.min_expert_capacity)
+        check_positive(capacity_factor_train=self.capacity_factor_train, capacity_factor_eval=self.capacity_factor_eval)
+
+    def capacity(self, tokens: int) -> int:
+        """Slots of an expert for a group of that many tokens, in the gate's mode."""
+        self.check_capacity()
+        factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
+        return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
         """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
-from st_moe_pytorch.routing import Routing, assign_slots, expert_capacity
+from st_moe_pytorch.routing import Routing, assign_slots
 from st_moe_pytorch.topk import TopK, topk
 
 POLICIES = ("all", "none", "threshold", "random")
@@ -141,7 +141,7 @@ class TopNGating(Gate):
         asked = self._asked(gates.detach(), real, draws)
         order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
         slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
-        capacity = self._capacity(groups[1])
+        capacity = self.capacity(groups[1])
         kept = asked & (slots < capacity)
         balance, z = self._losses(clean, scores, best.indices, real)
         return Routing(
@@ -170,10 +170,6 @@ class TopNGating(Gate):
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
-
-    def _capacity(self, tokens: int) -> int:
-        factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
-        return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
     def _normalised(self, best: TopK) -> Tensor:
         gates = best.values if best.coor_descent_values is None else best.coor_descent_values
@@ -210,8 +206,8 @@ class TopNGating(Gate):
 
     def _check_settings(self) -> None:
         """Raise ValueError for settings that mean nothing, whether constructed or assigned later."""
-        check_counts(top_n=self.top_n, min_expert_capacity=self.min_expert_capacity)
-        check_positive(capacity_factor_train=self.capacity_factor_train, capacity_factor_eval=self.capacity_factor_eval)
+        check_counts(top_n=self.top_n)
+        self.check_capacity()
         check_one_of(POLICIES, policy_train=self.policy_train, policy_eval=self.policy_eval)
         check_one_of(PRIORITIES, priority=self.priority)
         check_one_of(SCORES, score=self.score)

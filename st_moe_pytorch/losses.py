@@ -1,4 +1,4 @@
-"""The two auxiliary losses of the router, an equation each. Axes: b groups, n tokens of a group, e experts."""
+"""The auxiliary losses of routers, an equation each. Axes: b groups, n tokens of a group, e experts."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ def balance_loss(probs: Tensor, choice: Tensor, mask: Tensor | None = None) -> T
     share = probs.new_zeros(probs.shape[0], probs.shape[-1]).scatter_add(1, choice, real)
     product = (share * (probs * real.unsqueeze(-1)).sum(dim=1)).sum(dim=-1)
     loss = probs.shape[-1] * product / tokens.clamp(min=1).square()
+    return loss.sum() / (tokens > 0).sum().clamp(min=1)
+
+
+def token_balance_loss(probs: Tensor, mask: Tensor) -> Tensor:
+    """Balance loss of experts that pick tokens, as of Mesh-TensorFlow: mean over groups of ``n * sum_t P_t^2``.
+
+    n is the number of real tokens of the group and ``P_t`` the mean over experts of the probability of token t: 1 where
+    all tokens are wanted alike, n where every expert insists on the same one.
+
+    probs (b n e), 0 for padding, sum to 1 over n, mask (b n) True for real tokens -> 0-d. Groups without a real token are
+    left out.
+    """
+    tokens = mask.sum(dim=1)
+    loss = tokens * probs.mean(dim=-1).square().sum(dim=1)
     return loss.sum() / (tokens > 0).sum().clamp(min=1)
 
 

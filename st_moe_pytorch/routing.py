@@ -3,7 +3,7 @@
 Axes, here and in every file of the package:
 
     b  batch (groups, where tokens are regrouped)      e  experts
-    n  tokens of a group (sequence)                    k  choices of a token (top-n)
+    n  tokens of a group (sequence)                    k  choices of a token (top-n; all e where experts choose)
     d  model width                                     c  slots of an expert in a group (capacity)
     t  rows: token copies sent to experts              r  ranks
 
@@ -71,8 +71,8 @@ class DenseRouting(NamedTuple):
 class Routing(NamedTuple):
     """The routing of a batch: which experts each token chose, with what weight, and what became of every choice.
 
-    Every choice is exactly one of ``kept``, ``dropped`` (its expert was full), ``not_asked`` (by policy) and ``masked`` (padding),
-    each a bool tensor (b n k).
+    Every choice is exactly one of ``kept``, ``dropped`` (its expert was full), ``not_asked`` (by policy, or not
+    picked by its expert) and ``masked`` (padding), each a bool tensor (b n k).
     """
 
     indices: Tensor
@@ -80,11 +80,11 @@ class Routing(NamedTuple):
     slots: Tensor
     """(b n k) int64: place of a kept choice in its expert's buffer, -1 for the others."""
     gates: Tensor
-    """(b n k) float32 or float64: weight of each choice, kept or not; they sum to 1 over k for k > 1."""
+    """(b n k) float32 or float64: weight of each choice, kept or not; `TopNGating` has them sum to 1 for k > 1."""
     kept: Tensor
     """(b n k) bool: the choice was asked for and got a slot."""
     asked: Tensor
-    """(b n k) bool: a real token's choice that the policy lets through."""
+    """(b n k) bool: a real token's choice that the policy lets through, or that its expert picked."""
     mask: Tensor | None
     """(b n) bool: real tokens, or None if all are."""
     logits: Tensor

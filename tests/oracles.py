@@ -13,9 +13,11 @@ from torch import Tensor, nn
 DATA = Path(__file__).parent / "data"
 
 
-def golden_names(kind: str) -> list[str]:
-    """Cases of one kind ("gating" or "layer") that Mesh-TensorFlow computed."""
-    return [path.stem for path in sorted((DATA / "golden").glob("*.npz")) if golden(path.stem).config.kind == kind]
+def golden_names(kind: str, *, experts_choose: bool = False) -> list[str]:
+    """Cases of one kind ("gating" or "layer") of Mesh-TensorFlow, where tokens choose or experts do."""
+    names = [path.stem for path in sorted((DATA / "golden").glob("*.npz"))]
+    configs = {name: golden(name).config for name in names}
+    return [name for name, c in configs.items() if c.kind == kind and (c.gating == "expert_selection") is experts_choose]
 
 
 @cache

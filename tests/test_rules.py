@@ -21,7 +21,8 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 
 # imports only point up this list
 ORDER = [
-    *("compat", "checks", "topk", "losses", "layouts", "routing", "gate", "gating", "grouped", "layers"),
+    *("compat", "checks", "topk", "losses", "layouts", "routing"),
+    *("gate", "gating", "expert_choice", "grouped", "layers"),
     *(
         "distributed.compat",
         "distributed.placement",

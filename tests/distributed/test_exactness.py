@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch import Expert, MoE
+from st_moe_pytorch import Expert, ExpertChoiceGating, MoE
 from st_moe_pytorch.distributed import check_expert_parallel, data_parallel, shard_experts
 from st_moe_pytorch.experts import run_shared
 
@@ -44,16 +44,19 @@ def batch_of(rank, ranks, case):
     """Tokens of a rank, other ones and of another number on every rank, and where ranks differ none at all on one of them."""
     generator = torch.Generator().manual_seed(100 + rank)
     b, n = {"equal": (2, 5), "one expert": (2, 7)}.get(case, (rank % 3 + 1, 3 + 2 * rank))
-    if case in ("ragged", "weighted") and rank == ranks // 2 and ranks > 1:
+    if case in ("ragged", "weighted", "experts choose") and rank == ranks // 2 and ranks > 1:
         b, n = ((0, 4), (2, 0))[ranks % 2]
     x, cotangent = torch.randn(2, b, n, DIM, generator=generator, dtype=torch.float64)
-    mask = torch.rand(b, n, generator=generator) < 0.7 if case in ("ragged", "weighted") else None
+    mask = torch.rand(b, n, generator=generator) < 0.7 if case in ("ragged", "weighted", "experts choose") else None
     return x.requires_grad_(), mask, cotangent, b * n if case == "weighted" else 1.0
 
 
 def build(num_experts, case):
     torch.manual_seed(num_experts)
     options = {"capacity_factor_train": None} if case == "ragged" else {"capacity_factor_train": 1.0}
+    if case == "experts choose":
+        settings = {"capacity_factor_train": 0.8, "min_expert_capacity": 1, "straight_through_dispatch_tensor": True}
+        options = {"gate": ExpertChoiceGating(DIM, num_experts, **settings)}
     model = Model(num_experts, **options).double()
     if case == "one expert":
         with torch.no_grad():
@@ -115,6 +118,7 @@ CASES = [(ranks, number, "ragged") for ranks in RANKS for number in EXPERTS]
 CASES += [
     (ranks, number, ("equal", "weighted", "one expert")[(i + j) % 3]) for i, ranks in enumerate(RANKS) for j, number in enumerate(EXPERTS)
 ]
+CASES += [(2, 4, "experts choose"), (3, 5, "experts choose")]
 
 
 @pytest.mark.parametrize(("workers", "num_experts", "case"), CASES, indirect=["workers"])
