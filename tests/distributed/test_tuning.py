@@ -24,7 +24,7 @@ def optimizer_of(model):
 
 
 def train(model, wrapped, losses, freeze):
-    """A step of all parameters, and two of some of them by an optimizer with the state -> the models after the first and last."""
+    """A step of all parameters, and two of some by an optimizer with the state -> models after the first and last."""
     first, optimizer, wrapper = model, optimizer_of(model), wrapped(model)
     losses(wrapper, 0).backward()
     optimizer.step()
@@ -48,8 +48,14 @@ def check_tuning(rank, subset):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(IS_TUNED[subset](name))
 
-    _, expected = train(model, lambda m: m, lambda m, step: sum(loss_of(m, r, step) for r in range(ranks)) / ranks, freeze)
-    first, tuned = train(shard, data_parallel, lambda m, step: loss_of(m, rank, step), lambda m: parameter_subset(m, subset))
+    def loss_of_all(model, step):
+        return sum(loss_of(model, number, step) for number in range(ranks)) / ranks
+
+    def loss_of_mine(model, step):
+        return loss_of(model, rank, step)
+
+    _, expected = train(model, lambda model: model, loss_of_all, freeze)
+    first, tuned = train(shard, data_parallel, loss_of_mine, lambda model: parameter_subset(model, subset))
     name, error = largest_error(tuned, expected, of=lambda parameter: parameter)
     assert error < 1e-12, (name, error)
     for name, parameter in tuned.named_parameters():
@@ -66,7 +72,8 @@ def check_others(rank):
     model = stack(4)
     parameter_subset(model, "feed_forward")
     model = shard_experts(model)
-    assert all(parameter.requires_grad == IS_TUNED["feed_forward"](name) for name, parameter in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == IS_TUNED["feed_forward"](name), name
     set_expert_dropout(model, 0.3)
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.3] * 4
     with pytest.raises(ValueError, match="model must get its initial values before shard_experts"):
