@@ -46,7 +46,7 @@ def parameter_subset(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
         chosen = chosen - sparse
     trained = [p for p in model.parameters() if p in chosen and p.is_floating_point()]
     if not trained or (subset == "non_moe" and not layers):
-        raise ValueError(f"model must have what is tuned with subset={subset!r}, got a {type(model).__name__} without")
+        raise ValueError(f"subset={subset!r} must find modules by their class, found none in a {type(model).__name__}")
     for parameter in set(model.parameters()).difference(trained):
         parameter.requires_grad_(False).grad = None
     for parameter in trained:
