@@ -91,6 +91,14 @@ def test_models_of_transformers_initialise_our_modules_too():
     assert model.transformer.wte.weight.std() > 0
 
 
+def test_tensors_are_found_in_what_libraries_return():
+    transformers = pytest.importorskip("transformers")
+    x, y = torch.ones(1), torch.ones(2)
+    output = transformers.modeling_outputs.CausalLMOutput(logits=x, hidden_states=(y, None))
+    found = tools.compat.tensors_in(({"outputs": output}, [y, "text"], 3))
+    assert [id(t) for t in found] == [id(x), id(y), id(y)]
+
+
 def test_what_may_be_derived():
     x, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
     assert compat.may_be_derived(x, leaf)

@@ -3,7 +3,8 @@
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree
 
 
 def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
@@ -18,3 +19,8 @@ def _init_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], module: 
     else:
         cls: Any = type(model)
         cls._init_weights(model, module)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in lists, tuples, dictionaries and what libraries have told torch of, as transformers of its outputs."""
+    return [value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor)]

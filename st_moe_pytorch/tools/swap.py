@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from st_moe_pytorch.checks import check_counts
 from st_moe_pytorch.compat import is_recomputing
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import RouterLinear
@@ -128,7 +129,7 @@ class SparseFeedForward(nn.Module):
 M = TypeVar("M", bound=nn.Module)
 
 
-def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoEBlock]) -> M:
+def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoEBlock], *, every: int = 1) -> M:
     """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place. `swapped` tells of which.
 
     where: which modules are swapped. A pattern of their names, such as "encoder.layers.*.mlp", where * is one name between dots or a part
@@ -138,6 +139,7 @@ def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoE
         `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`, by type or name, get their feed-forwards swapped.
     make: builds the layer for one of them, which it gets, several parts as one `nn.Sequential`. The layer moves to its device, dtype and
         mode. A feed-forward that is shared gets one layer, as shared.
+    every: of so many feed-forwards that follow each other, only the last is swapped: 4 in ST-MoE (table 11).
 
     Swap before an optimizer or DistributedDataParallel is built: it would not know the new parameters. Hooks of a feed-forward go with it.
     Models of transformers initialise in the layers what a checkpoint lacks. To start from a dense checkpoint, load it before the swap.
@@ -148,6 +150,10 @@ def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoE
     found = feed_forwards(model, where)
     if not found:
         raise ValueError(f"where must match modules of the model, got {where!r}; there are {nearest(model, where)}")
+    check_counts(every=every)
+    if every > len(found):
+        raise ValueError(f"where must match every={every} feed-forwards or more to swap any, found {len(found)}")
+    found = found[every - 1 :: every]
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[nn.Module | None, SparseFeedForward] = {}
     for feed_forward in found:
