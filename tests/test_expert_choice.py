@@ -260,9 +260,10 @@ def test_all_ways_equal_the_definition(way, settings):
 
 def test_straight_through_is_off_unless_asked_for():
     x, probe = torch.randn(2, 2, 11, 6, dtype=torch.float64, requires_grad=True)
-    for routing in (build().gate.route(x), build(straight_through=True).gate.route(x)):
+    for gate, is_on in ((ExpertChoiceGating(6, 5).double(), False), (build(straight_through=True).gate, True)):
+        routing = gate.route(x)
         (gradient,) = gradients(routing.dispatch(x), routing.dispatch(probe), [routing.gates])
-        assert gradient.any() == routing.straight_through
+        assert gradient.any() == is_on
 
 
 def test_derivatives_are_those_of_finite_differences():
