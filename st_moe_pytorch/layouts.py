@@ -166,6 +166,9 @@ class _EagerStraightThrough(_StraightThrough):
         return tangent if dgates is None else tangent + rows * _at_choices(dgates, choices).to(rows.dtype)
 
 
+MOST_UNROLLED = 16  # choices of a token
+
+
 @fused
 def _sum_each(y: Tensor, gates: Tensor, places: Tensor) -> Tensor:
     """Sums (N d) in float32 or more, choice after choice: where memory is what takes time, in one kernel that reads each row once."""
@@ -193,7 +196,7 @@ class _SumChoices(Function):
     @staticmethod
     def forward(y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
         dtype = torch.promote_types(y.dtype, gates.dtype)
-        if y.device.type != "cpu":
+        if y.device.type != "cpu" and places.shape[1] <= MOST_UNROLLED:
             return _sum_each(y, gates, places).to(dtype)
         return F.embedding_bag(places, y.to(dtype).contiguous(), mode="sum", per_sample_weights=gates.to(dtype))
 
