@@ -1,10 +1,11 @@
-"""Routing replay: layers choose the experts that a record says, with weights by their logits of now.
+"""Routing replay: layers choose the experts that a record says, with gates by the logits that they have now.
 
-In reinforcement learning, a policy is trained on tokens that an earlier state of it, or another engine, has routed. Where training routes
-them otherwise, it optimises another model than the one that acted; replayed routing keeps both the same (Ma et al. 2025, "Stabilizing MoE
-reinforcement learning by aligning training and inference routers").
+In reinforcement learning, a policy is trained on tokens that an earlier state of it, or another engine, has routed.
+Where training routes them otherwise, it optimises another model than the one that acted. Replay keeps both the same
+(Ma et al. 2025, "Stabilizing MoE reinforcement learning by aligning training and inference routers").
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,16 +24,16 @@ from st_moe_pytorch.tools.watch import gates_of
 
 
 def choices_of(records: Mapping[str, Iterable[Routing]]) -> dict[str, list[dict[str, Any]]]:
-    """The decisions of a record without what they came from, for each layer and call a dict with the fields of `Choices`.
+    """The decisions of a record without what they came from: for each layer and call, the fields of `Choices` as a dict.
 
-    It holds tensors and numbers only: torch.save writes it, and torch.load reads it with weights_only=True. Up to 256 experts and
-    32,768 slots, a choice takes 4 bytes.
+    It holds tensors and numbers only: torch.save writes it, and torch.load reads it with weights_only=True. A choice
+    takes 4 bytes for up to 256 experts and 32,768 slots, 3 for up to 128 slots.
     """
     return {name: [routing.choices()._asdict() for routing in routings] for name, routings in records.items()}
 
 
 class Replay:
-    """A replay that goes on or has ended: what it has layers choose, and how often their routers would have chosen otherwise."""
+    """What a replay has layers choose, and how often their routers would have chosen otherwise."""
 
     def __init__(self, model: nn.Module, records: Mapping[str, Sequence[Routing | Mapping[str, Any]]]) -> None:
         self.gates = gates_of(model)
@@ -49,8 +50,9 @@ class Replay:
 
     @property
     def differing(self) -> float:
-        """Share of the choices of real tokens that the routers, as they are now, would not have made: with experts that the token would
-        not have chosen, at any rank and without noise. 0 if there were none.
+        """Share of the choices of real tokens that the routers would not make now, at any rank and without noise.
+
+        0 if there were none.
         """
         return _share(count for counts in self.counts.values() for count in counts)
 
@@ -60,7 +62,7 @@ class Replay:
         return {name: _share(counts) for name, counts in self.counts.items()}
 
     def take(self, decider: nn.Module, x: Tensor, mask: Tensor | None) -> Choices | None:
-        """The choices that a layer or gate is to make for tokens x (b n d); None if they are not replayed, or in another thread."""
+        """The choices that a layer or gate is to make for tokens x (b n d); None if this replay is not about them."""
         again = is_recomputing()
         if decider not in self.deciders or not (again or threading.get_ident() == self.thread):
             return None
@@ -95,13 +97,11 @@ class Replay:
                 self.counts[name].append(torch.stack(((otherwise & real).sum(), real.sum())))
 
     def _again(self, name: str, x: Tensor) -> Choices:
-        """Those of the call that runs again in the backward: nothing says which it is but its input, in case of doubt the last."""
-        calls = [call for call in self.calls[name] if call.shape == x.shape]
-        if not calls:
-            raise RuntimeError(
-                f"{_told(name)} runs again in the backward, but has not run on {tuple(x.shape)} in this replay: run both in it"
-            )
-        call = min(reversed(calls), key=lambda call: (call.distance(x), call.times_again)) if len(calls) > 1 else calls[0]
+        """Those of the call that runs again in the backward. Only its input says which it is; of equal ones, the last."""
+        calls = [(call.distance(x), call.times_again, call) for call in reversed(self.calls[name]) if call.shape == x.shape]
+        distance, _, call = min(calls, key=lambda known: known[:2], default=(math.inf, 0, None))
+        if call is None or distance > 0.1:
+            raise RuntimeError(f"{_told(name)} runs again in the backward on tokens that it has not seen in this replay: run both in it")
         call.times_again += 1
         return call.choices
 
@@ -112,16 +112,18 @@ class _Call:
     def __init__(self, x: Tensor, choices: Choices) -> None:
         self.choices = choices
         self.shape = x.shape
-        self.features = x.detach()[..., :4].clone()
+        self.features = x.detach()[..., :4].to(torch.float32, copy=True)
         self.times_again = 0
 
     def distance(self, x: Tensor) -> float:
-        return float((x.detach()[..., :4] - self.features).nan_to_num().abs().sum())
+        """How far the tokens are from those of the call, relative to these: 0 for the same ones."""
+        apart = (x.detach()[..., :4] - self.features).nan_to_num().abs().sum()
+        return float(apart / self.features.nan_to_num().abs().sum().clamp(min=1e-30))
 
 
 @contextmanager
 def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Mapping[str, Any]]]) -> Iterator[Replay]:
-    """Have the sparse layers of a model choose what was recorded, call by call, with gates and losses from the logits that they have now.
+    """Have the sparse layers of a model choose what was recorded, call by call, with gates and losses by the logits of now.
 
         with record_routing(model) as records:
             model(x)
@@ -129,15 +131,20 @@ def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Ma
             loss_of(model(x)).backward()
         replay.differing
 
-    Gradients reach router, tokens and experts through the gates, as if the router had chosen the same. Where nothing has changed since,
-    outputs and gradients are those of a free run.
+    Gradients reach router, tokens and experts through the gates, as if the router had chosen the same. Where nothing
+    has changed since, outputs and gradients are those of a free run, and so are random numbers that are drawn later.
 
-    records: of `record_routing` or, for other processes, of `choices_of`, under the same layers' names and in the order of their calls;
-        of sharded layers, those of this rank's tokens. Run the backward in the block too: layers that run again in it, by activation
-        checkpointing of either kind, take the same record again, which is found by their input.
-    Raises ValueError for records of other layers, and for gates that cannot be replayed; in the call, for one without a record, and for a
-    record of another shape, number of experts or choices, grouping or (looked at on CPUs only) mask. Warns of records that no call took.
-    Compiled models are compiled once more, with a break in the graph before each layer.
+    records: of `record_routing` or, for other processes, of `choices_of`, under the same layers' names and in the order
+        of their calls; of sharded layers, those of this rank's tokens.
+
+    Run the backward in the block too: layers that run again in it, by activation checkpointing of either kind, take the
+    same record again, which is found by their input. Other threads route freely, but for backward passes. Compiled
+    models are compiled once more, with a break in the graph before each layer.
+
+    Raises ValueError for records of other layers and for gates that cannot be replayed; in a call, for one without a
+    record and for a record of another shape, number of experts or choices, grouping or (looked at on CPUs only) mask;
+    RuntimeError for a route that does not hand the choices on, and for a layer that runs again and never ran in the
+    block. Warns of records that no call took.
     """
     replay = Replay(model, records)
     listen, take = replay.listen, replay.take
