@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from st_moe_pytorch import MoE, SparseMoEBlock
 from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, shard_experts
+from st_moe_pytorch.tools.draws import keyed_draws
 from st_moe_pytorch.tools.watch import record_routing, routing_stats
 
 TOP_N = 2  # experts that a token chooses
@@ -102,14 +103,14 @@ def training_batch(text: Tensor, step: int, settings: Settings) -> tuple[Tensor,
     return windows(text, starts.chunk(dist.get_world_size())[dist.get_rank()], settings)
 
 
-def routing_draws(settings: Settings) -> Tensor:
-    """For each layer, the uniform numbers (b n k) that decide the random routing of this rank's part of a batch.
+def routing_draws(step: int, settings: Settings) -> Tensor:
+    """For each layer, the uniform numbers (b n k) that decide the random routing of this rank's part of a step's batch.
 
-    They follow `training_batch`, which has seeded them. Every rank draws those of all ranks and takes its part, so that
-    training goes the same way on any number of them.
+    They belong to tokens by their place in the whole batch, so that training goes the same way on any number of ranks.
     """
-    draws = torch.rand(settings.depth, settings.batch, settings.seq_len, TOP_N)
-    return draws.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].to(settings.device)
+    tokens = torch.arange(settings.batch * settings.seq_len, device=settings.device).view(settings.batch, -1)
+    layers = torch.arange(settings.depth).view(-1, 1, 1)
+    return keyed_draws(settings.seed, step, layers, tokens.chunk(dist.get_world_size())[dist.get_rank()], TOP_N)
 
 
 def compute_loss(model: nn.Module, batch: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list
     bar = {"total": settings.steps, "unit": "step", "dynamic_ncols": True, "disable": dist.get_rank() > 0}
     with tqdm(initial=last["step"], **bar) as progress:
         for step in range(last["step"], settings.steps):
-            batch = *training_batch(texts[0], step, settings), routing_draws(settings)
+            batch = *training_batch(texts[0], step, settings), routing_draws(step, settings)
             with nullcontext({}) if settings.dense else record_routing(model) as routings:
                 bits.append(update(parallel, optimizer, batch, learning_rate(step, settings), settings))
             routed.append(routing_stats(routings))

@@ -121,9 +121,9 @@ def name_exported_tuple(cls: type, name: str) -> None:
     _pytree._register_namedtuple(cls, serialized_type_name=name)
 
 
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+def eager(function: Callable[..., Any], because: str = "tokens go to other ranks, in numbers that depend on data") -> Callable[..., Any]:
     """The function, run in eager mode where it is called by code that torch.compile traces; with fullgraph=True that is an error."""
     if not torch.compiler.is_compiling():
         return function
-    torch._dynamo.graph_break(msg="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True")
+    torch._dynamo.graph_break(msg=f"{because}: compile without fullgraph=True")
     return torch.compiler.disable(function)

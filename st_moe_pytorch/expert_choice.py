@@ -8,7 +8,7 @@ from torch import Tensor
 from st_moe_pytorch.checks import typechecked
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import router_z_loss, token_balance_loss
-from st_moe_pytorch.routing import Routing
+from st_moe_pytorch.routing import Choices, Routing
 
 
 class ExpertChoiceGating(Gate):
@@ -59,7 +59,15 @@ class ExpertChoiceGating(Gate):
         self.check_capacity()
         self.straight_through_dispatch_tensor = straight_through_dispatch_tensor
 
-    def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
+    def decide(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        draws: Tensor | None = None,
+        noised: Tensor | None = None,
+        choices: Choices | None = None,
+    ) -> Routing:
         """Which experts pick the tokens with these logits (b n e). Arguments as of `Gate.decide`.
 
         Nothing is drawn, so draws are ignored, as by `TopNGating` where its policy draws nothing.
@@ -74,24 +82,28 @@ class ExpertChoiceGating(Gate):
         wanted = wanted.masked_fill(padding, torch.finfo(wanted.dtype).min)
         probs = wanted.softmax(dim=1)
 
-        # by logits, which tell tokens apart, and padding, where probabilities underflow
-        ranking = wanted.argsort(dim=1, descending=True, stable=True)
-        rank = torch.arange(groups[1], device=ranking.device).view(1, -1, 1).expand_as(ranking)
-        slots = torch.empty_like(ranking).scatter(1, ranking, rank)
-        picked = (slots < capacity) & ~padding
-        gates = probs / picked.sum(dim=-1, keepdim=True).clamp(min=1)
-
-        # of each token, first the choices that are picked, each part best first
-        indices = torch.where(picked, probs, probs - 1).argsort(dim=-1, descending=True, stable=True)
-        per_expert = gates, slots.masked_fill(~picked, -1), picked
-        gates, slots, kept = (t.gather(-1, indices).view(b, n, e) for t in per_expert)
+        if choices is None:
+            # by logits, which tell tokens apart, and padding, where probabilities underflow
+            ranking = wanted.argsort(dim=1, descending=True, stable=True)
+            rank = torch.arange(groups[1], device=ranking.device).view(1, -1, 1).expand_as(ranking)
+            slots = torch.empty_like(ranking).scatter(1, ranking, rank)
+            picked = (slots < capacity) & ~padding
+            # of each token, first the choices that are picked, each part best first
+            indices = torch.where(picked, probs, probs - 1).argsort(dim=-1, descending=True, stable=True)
+            slots = slots.masked_fill(~picked, -1).gather(-1, indices)
+        else:
+            choices.check_fit((b, n, e), e, groups)
+            indices, capacity = choices.indices.long().view(*groups, e), choices.capacity
+            slots = choices.slots.long().view(*groups, e).masked_fill(padding, -1)
+        kept = slots >= 0
+        gates = probs.gather(-1, indices) / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         no_loss = logits.new_zeros(())
         return Routing(
             indices=indices.view(b, n, e),
-            slots=slots,
-            gates=gates,
-            kept=kept,
-            asked=kept,
+            slots=slots.view(b, n, e),
+            gates=gates.view(b, n, e),
+            kept=kept.view(b, n, e),
+            asked=kept.view(b, n, e),
             mask=mask,
             logits=logits,
             balance_loss=token_balance_loss(probs, real) if self.training else no_loss,

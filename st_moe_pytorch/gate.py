@@ -3,15 +3,15 @@
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_counts, check_noise, check_positive, check_tokens, is_overridden
-from st_moe_pytorch.compat import has_hooks
-from st_moe_pytorch.routing import DenseRouting, Routing, expert_capacity, without_autocast
+from st_moe_pytorch.compat import eager, has_hooks
+from st_moe_pytorch.routing import Choices, DenseRouting, Routing, expert_capacity, without_autocast
 
 
 class Listeners(threading.local):
@@ -28,6 +28,18 @@ def tell(decider: nn.Module, routing: Routing) -> Routing:
     for listen in LISTENERS.of_decisions:
         listen(decider, routing)
     return routing
+
+
+REPLAYS: list[Callable[[nn.Module, Tensor, Tensor | None], Choices | None]] = []
+"""Who may have recorded what routers are to choose. In all threads, since backward passes run layers again in threads of their own."""
+
+
+def replayed(decider: nn.Module, x: Tensor, mask: Tensor | None) -> Choices | None:
+    """What the layer or gate is to choose for tokens x (b n d); None, but for a replay, where it decides by itself."""
+    for replay in tuple(REPLAYS):
+        if (choices := eager(replay, "recorded choices are replayed")(decider, x, mask)) is not None:
+            return choices
+    return None
 
 
 class RouterLinear(nn.Linear):
@@ -88,11 +100,20 @@ class Gate(Routed[DenseRouting]):
         self.jitter = jitter
         self.to_gates = RouterLinear(dim, num_gates)
 
-    def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
+    def decide(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        draws: Tensor | None = None,
+        noised: Tensor | None = None,
+        choices: Choices | None = None,
+    ) -> Routing:
         """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will do.
 
         mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
         noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
+        choices: what to choose, with weights by these logits. A gate that does not take this argument cannot be replayed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None, noised=None) -> Routing")
 
@@ -105,6 +126,7 @@ class Gate(Routed[DenseRouting]):
         mask: Tensor | None = None,
         route_by: Tensor | None = None,
         draws: Tensor | None = None,
+        choices: Choices | None = None,
     ) -> Routing:
         """Decide where the tokens x (b n d) go, in float32 or, for float64 tokens, in float64, whatever autocast says.
 
@@ -112,11 +134,15 @@ class Gate(Routed[DenseRouting]):
         mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
         route_by (b n d) is what the router looks at instead of x, such as word embeddings.
         draws (b n k), or by group, are uniform numbers in [0, 1) for routers that draw, instead of fresh ones.
+        choices, as of `Routing.choices`, are taken instead of deciding, and weighted by the logits of x.
         """
         check_noise(noise_gates, noise_mult)
         check_tokens(x, self.dim, mask, route_by)
         if x.ndim != 3:
             raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
+        if choices is None:
+            choices = replayed(self, x, mask)
+        given: dict[str, Any] = {} if choices is None else {"choices": choices}
         features = x if route_by is None else route_by
         if mask is not None:
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -126,11 +152,10 @@ class Gate(Routed[DenseRouting]):
             features = features * torch.empty_like(features).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(x):
             logits = self.to_gates(features).to(torch.promote_types(x.dtype, torch.float32))
-            if not (noise_gates and noise_mult):
-                return tell(self, self.decide(logits, mask=mask, draws=draws))
-            # Gumbel noise is -log of an exponential draw
-            noised = logits - noise_mult * torch.empty_like(logits).exponential_().log()
-            return tell(self, self.decide(logits, mask=mask, draws=draws, noised=noised))
+            if noise_gates and noise_mult:
+                # Gumbel noise is -log of an exponential draw
+                given["noised"] = logits - noise_mult * torch.empty_like(logits).exponential_().log()
+            return tell(self, self.decide(logits, mask=mask, draws=draws, **given))
 
     def forward(
         self,

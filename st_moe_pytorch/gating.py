@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
-from st_moe_pytorch.routing import Routing, assign_slots
+from st_moe_pytorch.routing import Choices, Routing, assign_slots
 from st_moe_pytorch.topk import TopK, topk
 
 POLICIES = ("all", "none", "threshold", "random")
@@ -125,7 +125,15 @@ class TopNGating(Gate):
             threshold = nn.init.constant_(getattr(self, name), torch.nan)
             threshold.copy_(torch.where(threshold.isnan(), threshold.new_tensor(values), threshold))
 
-    def decide(self, logits: Tensor, *, mask: Tensor | None = None, draws: Tensor | None = None, noised: Tensor | None = None) -> Routing:
+    def decide(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        draws: Tensor | None = None,
+        noised: Tensor | None = None,
+        choices: Choices | None = None,
+    ) -> Routing:
         """Where tokens with these logits (b n e) go. Arguments as of `Gate.decide`; the draws of first choices are ignored."""
         self._check_settings()
         b, n, e = logits.shape
@@ -136,13 +144,22 @@ class TopNGating(Gate):
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
         scores = self._scores(clean if noised is None else noised.reshape(*groups, e))
-        best = self.topk(scores, k=k)
+        if choices is None:
+            best = self.topk(scores, k=k)
+        else:
+            choices.check_fit((b, n, k), e, groups)
+            best = self.topk(scores, k=k, indices=choices.indices.long().view(*groups, k))
         gates = self._normalised(best)
-        asked = self._asked(gates.detach(), real, draws)
-        order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
-        slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
-        capacity = self.capacity(groups[1])
-        kept = asked & (slots < capacity)
+        asked = self._asked(gates.detach(), real, draws)  # in a replay too, so that later draws are those of a free run
+        if choices is None:
+            order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
+            slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
+            capacity = self.capacity(groups[1])
+            kept = asked & (slots < capacity)
+        else:
+            asked = choices.asked.view(*groups, k) if real is None else choices.asked.view(*groups, k) & real.unsqueeze(-1)
+            slots, capacity = choices.slots.long().view(*groups, k), choices.capacity
+            kept = asked & (slots >= 0)
         balance, z = self._losses(clean, scores, best.indices, real)
         return Routing(
             indices=best.indices.view(b, n, k),
@@ -164,9 +181,10 @@ class TopNGating(Gate):
     def balance_bias(self) -> bool:
         return self.bias is not None
 
-    def topk(self, values: Tensor, k: int) -> TopK:
-        """The k best of values (b n e) along the last axis, differentiable if the gate is."""
-        return topk(values, k, self.bias, differentiable=self.differentiable_topk, fused=self.differentiable_topk_fused)
+    def topk(self, values: Tensor, k: int, indices: Tensor | None = None) -> TopK:
+        """The k best of values (b n e) along the last axis, or those at indices (b n k), differentiable if the gate is."""
+        is_fused = self.differentiable_topk_fused
+        return topk(values, k, self.bias, indices=indices, differentiable=self.differentiable_topk, fused=is_fused)
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()

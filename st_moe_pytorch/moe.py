@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from st_moe_pytorch.checks import check_counts, check_finite, check_noise, check_tokens, is_overridden, typechecked
 from st_moe_pytorch.compat import name_exported_tuple
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.gate import Gate, Routed, is_dense, tell
+from st_moe_pytorch.gate import Gate, Routed, is_dense, replayed, tell
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import Expert, RMSNorm, dense_copies
-from st_moe_pytorch.routing import DenseRouting, Routing, without_autocast
+from st_moe_pytorch.routing import Choices, DenseRouting, Routing, without_autocast
 
 
 class MixtureOfExpertsReturn(NamedTuple):
@@ -160,11 +160,12 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         check_tokens(x, self.dim, mask, route_by, draws)
         shape = x.shape
         x = _grouped(x, len(shape))
-        given = {name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()}
+        given: dict[str, Any] = {name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()}
         if is_dense(self.gate):
             decision = self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given)
             outputs, balance, z = self._by_dense_tensors(x, given.get("mask"), decision)
         else:
+            given |= given_only(choices=replayed(self, x, given.get("mask")))
             routing = tell(self, self.gate.route(x, noise_gates, noise_mult, **given))
             outputs, balance, z = self._by_routing(x, routing), routing.balance_loss, routing.router_z_loss
         if self.shared_expert is not None:
@@ -260,6 +261,6 @@ def _grouped(t: Tensor, ndim: int) -> Tensor:
     return t.unsqueeze(0) if ndim == 2 else t.flatten(1, ndim - 2)
 
 
-def given_only(**tensors: Tensor | None) -> dict[str, Any]:
+def given_only(**arguments: Tensor | Choices | None) -> dict[str, Any]:
     """Those that are not None: what is written against 0.1.8 does not know the others' names."""
-    return {name: t for name, t in tensors.items() if t is not None}
+    return {name: argument for name, argument in arguments.items() if argument is not None}

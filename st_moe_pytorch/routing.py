@@ -68,6 +68,29 @@ class DenseRouting(NamedTuple):
     router_z_loss: Tensor
 
 
+class Choices(NamedTuple):
+    """What a routing decided, without the weights it gave: enough to route the same way again, in few bytes."""
+
+    indices: Tensor
+    """(b n k) uint8 or a wider integer type: expert of each choice."""
+    slots: Tensor
+    """(b n k) int8 or wider: place of a kept choice in its expert's buffer, -1 for the others."""
+    asked: Tensor
+    """(b n k) bool: a real token's choice that the policy let through."""
+    mask: Tensor | None
+    """(b n) bool: real tokens, or None if all were."""
+    capacity: int
+    num_experts: int
+    groups: tuple[int, int]
+
+    def check_fit(self, shape: tuple[int, int, int], num_experts: int, groups: tuple[int, int], name: str = "choices") -> None:
+        """Raise ValueError unless these are choices of that shape (b n k), among so many experts, by tokens in such groups."""
+        if (shape, num_experts, groups) != (tuple(self.indices.shape), self.num_experts, tuple(self.groups)):
+            wanted = f"shape (b n k) = {shape} among {num_experts} experts in groups {groups}"
+            got = f"{tuple(self.indices.shape)} among {self.num_experts} in {tuple(self.groups)}"
+            raise ValueError(f"{name} must have {wanted}, got {got}")
+
+
 class Routing(NamedTuple):
     """The routing of a batch: which experts each token chose, with what weight, and what became of every choice.
 
@@ -112,6 +135,12 @@ class Routing(NamedTuple):
     @property
     def not_asked(self) -> Tensor:
         return ~self.asked & ~self.masked
+
+    def choices(self) -> Choices:
+        """The decision alone, in the smallest integer types that hold it."""
+        indices = _narrow(self.indices, 0, self.num_experts - 1)
+        slots = _narrow(self.slots.masked_fill(~self.kept, -1), -1, self.capacity - 1)
+        return Choices(indices, slots, self.asked, self.mask, self.capacity, self.num_experts, self.groups)
 
     def rows(self) -> Layout:
         """The kept choices as rows sorted by expert."""
@@ -172,3 +201,9 @@ class Routing(NamedTuple):
     def _is_sent(self) -> Tensor:
         """(b n k) bool: what is kept and has a slot, also where someone changed the one and not the other."""
         return self.kept & (self.slots >= 0)
+
+
+def _narrow(t: Tensor, least: int, most: int) -> Tensor:
+    """Integers from least to most in the smallest type that holds them."""
+    types = map(torch.iinfo, (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+    return t.to(next(getattr(torch, each.dtype) for each in types if each.min <= least and most <= each.max))

@@ -46,14 +46,23 @@ def coor_descent(scores: Tensor, k: float, n_iters: int = 20, eps: float = 0.1) 
 
 
 def topk(
-    values: Tensor, k: int, bias: Tensor | None = None, *, differentiable: bool = False, fused: bool = True, ratio: float = 9 / 8
+    values: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    indices: Tensor | None = None,
+    differentiable: bool = False,
+    fused: bool = True,
+    ratio: float = 9 / 8,
 ) -> TopK:
-    """The k largest of values (..., e) along the last axis, ties to the lowest index; with a bias (e), those of which the sum is largest.
+    """The k largest of values (..., e) along the last axis, ties to the lowest index; with a bias (e), those of which the sum is largest;
+    with indices (... k), the values of these instead.
 
     With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * ratio, e)`` winners, and the values
     carry its gradient straight through. ``fused`` recomputes its iterates in the backward pass instead of keeping all of them.
     """
-    indices = top_indices(values if bias is None else values + bias.to(values.dtype), k)
+    if indices is None:
+        indices = top_indices(values if bias is None else values + bias.to(values.dtype), k)
     if not differentiable:
         return TopK(values.gather(-1, indices), indices, None)
     winners = min(k * ratio, values.shape[-1])

@@ -411,10 +411,12 @@ def test_batches_and_draws_are_the_same_over_any_number_of_ranks(run, monkeypatc
         monkeypatch.setattr(train_lm.dist, "get_world_size", lambda: ranks)
         for rank in range(ranks):
             monkeypatch.setattr(train_lm.dist, "get_rank", lambda rank=rank: rank)
-            yield *train_lm.training_batch(text, 7, settings), train_lm.routing_draws(settings)
+            yield *train_lm.training_batch(text, 7, settings), train_lm.routing_draws(7, settings)
 
     ((*batch, draws),) = parts(1)
     assert draws.shape == (2, 4, 8, 2)
+    assert len(draws.unique()) == draws.numel()
+    assert not torch.equal(train_lm.routing_draws(8, settings), draws)
     for ranks in (2, 4):
         *batches, several = zip(*parts(ranks), strict=True)
         assert all(map(torch.equal, map(torch.cat, batches), batch))

@@ -31,7 +31,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     models are compiled once more. Warns of layers of which nothing can be recorded, since their gates decide by dense tensors of their own,
     and of a model without sparse layers.
     """
-    gates = _gates(model)
+    gates = gates_of(model)
     if not gates:
         warnings.warn(f"nothing is recorded of {type(model).__name__}, which has no sparse layers", stacklevel=3)
     records: dict[str, list[Routing]] = {name: [] for name in gates}
@@ -52,7 +52,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
         warnings.warn(f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3)
 
 
-def _gates(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
+def gates_of(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
     """The sparse layers of a model and their gates, and the gates of layers of another make, under the names of their layers."""
     gates: dict[str, tuple[MoE | None, nn.Module]] = {}
     for name, module in model.named_modules():
