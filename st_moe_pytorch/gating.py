@@ -135,7 +135,7 @@ class TopNGating(Gate):
             check_draws(draws, (b, n, k), (*groups, k))
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
-        scores = self._scores(clean if noised is None else noised.reshape(*groups, e))
+        scores = self.scores(clean if noised is None else noised.reshape(*groups, e))
         best = self.topk(scores, k=k)
         gates = self._normalised(best)
         asked = self._asked(gates.detach(), real, draws)
@@ -168,7 +168,8 @@ class TopNGating(Gate):
         """The k best of values (b n e) along the last axis, differentiable if the gate is."""
         return topk(values, k, self.bias, differentiable=self.differentiable_topk, fused=self.differentiable_topk_fused)
 
-    def _scores(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores (b n e) by which experts are chosen, but for the bias, of logits (b n e)."""
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def _capacity(self, tokens: int) -> int:

@@ -13,7 +13,7 @@ from planted_faults import FAULTS, ROOT
 
 import st_moe_pytorch
 import st_moe_pytorch.distributed
-from st_moe_pytorch.tools import audit, pictures, plan, swap, upcycle, watch
+from st_moe_pytorch.tools import audit, balance, pictures, plan, swap, upcycle, watch
 
 PACKAGE = ROOT / "st_moe_pytorch"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -32,7 +32,8 @@ ORDER = [
     ),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),
-    *("tools.compat", "tools.upcycle", "tools.watch", "tools.find", "tools.swap", "tools.plan", "tools.audit", "tools.pictures", "tools"),
+    *("tools.compat", "tools.upcycle", "tools.watch", "tools.balance", "tools.find", "tools.swap", "tools.plan"),
+    *("tools.audit", "tools.pictures", "tools"),
     "st_moe_pytorch",
 ]
 
@@ -114,7 +115,7 @@ def public_functions():
     """All that users call: constructors and methods of public classes, and functions."""
     modules = [st_moe_pytorch, st_moe_pytorch.distributed]
     found = {f"{name}": getattr(module, name) for module in modules for name in module.__all__}
-    for module in (audit, pictures, plan, swap, upcycle, watch):
+    for module in (audit, balance, pictures, plan, swap, upcycle, watch):
         found |= {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     for name, value in found.items():
         if inspect.isclass(value):
