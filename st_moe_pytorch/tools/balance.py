@@ -14,7 +14,7 @@ from st_moe_pytorch.gate import LISTENERS
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.routing import Routing
 
-RATES = {"quantile": 1.0, "sign": 1e-3}
+RATES = {"quantile": 0.5, "sign": 1e-3}  # half the way averages over steps, whose tokens differ
 SWEEPS = 100  # at most; 10 to 60 balance hundreds of tokens per expert, and where scores tie none do
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ class LossFreeBalance:
         "quantile": ``bias += rate * (balanced - bias)``. With the bias ``balanced``, these tokens choose each
             expert t k / e times, rounded down or up, and have the highest sum of scores with which that can be
             (quantile balancing, Su 2026). Keeps their scores (t e) until the step, in float32. Where scores
-            tie, or float32 cannot tell them apart once the bias is added, loads differ by as many tokens. Noise
-            on the logits is not looked at, and a step with fewer choices than experts changes nothing.
+            tie, or float32 cannot tell them apart once the bias is added, loads differ by as many tokens; so
+            they may, by one or two of thousands, where 100 sweeps over the scores are not enough. Noise on the
+            logits is not looked at, and a step with fewer choices than experts changes nothing.
 
-    rate: of the rule, by default 1 for "quantile" and 1e-3 for "sign", which suits scores in [0, 1].
+    rate: of the rule. By default 0.5 for "quantile", since the next step has other tokens, and 1e-3 for "sign",
+        which suits scores in [0, 1].
     process_group: ranks whose tokens are balanced together, by default all. Each of them has to call `step`.
         They exchange counts only, so that for the same scores the bias has the same bits as in one process that
         has all tokens.
@@ -202,7 +204,7 @@ def see(loads: Tensor, indices: Tensor, scores: Tensor | None, mask: Tensor | No
     real = torch.ones_like(indices[..., 0], dtype=torch.bool) if mask is None else mask
     loads += indices[real].flatten().bincount(minlength=len(loads))
     if scores is not None:
-        seen.scores.append(scores[real].float().nan_to_num())  # a token of NaN is no reason to choose by NaN from then on
+        seen.scores.append(scores[real].float().nan_to_num())  # else one NaN is in the bias for good
 
 
 @see.register_fake
