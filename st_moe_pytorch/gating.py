@@ -143,7 +143,7 @@ class TopNGating(Gate):
             check_draws(draws, (b, n, k), (*groups, k))
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
-        scores = self._scores(clean if noised is None else noised.reshape(*groups, e))
+        scores = self.scores(clean if noised is None else noised.reshape(*groups, e))
         if choices is None:
             best = self.topk(scores, k=k)
         else:
@@ -186,7 +186,8 @@ class TopNGating(Gate):
         is_fused = self.differentiable_topk_fused
         return topk(values, k, self.bias, indices=indices, differentiable=self.differentiable_topk, fused=is_fused)
 
-    def _scores(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores (b n e) by which experts are chosen, but for the bias, of logits (b n e)."""
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def _normalised(self, best: TopK) -> Tensor:

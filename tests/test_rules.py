@@ -13,7 +13,7 @@ from planted_faults import FAULTS, ROOT
 
 import st_moe_pytorch
 import st_moe_pytorch.distributed
-from st_moe_pytorch.tools import audit, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch
+from st_moe_pytorch.tools import audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch
 
 PACKAGE = ROOT / "st_moe_pytorch"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -33,8 +33,8 @@ ORDER = [
     ),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),
-    *("tools.compat", "tools.upcycle", "tools.draws", "tools.watch", "tools.replay", "tools.find", "tools.swap", "tools.plan"),
-    *("tools.audit", "tools.pictures", "tools.finetune", "tools.count", "tools.export", "tools"),
+    *("tools.compat", "tools.upcycle", "tools.draws", "tools.watch", "tools.balance", "tools.replay", "tools.find", "tools.swap"),
+    *("tools.plan", "tools.audit", "tools.pictures", "tools.finetune", "tools.count", "tools.export", "tools"),
     "st_moe_pytorch",
 ]
 
@@ -116,7 +116,7 @@ def public_functions():
     """All that users call: constructors and methods of public classes, and functions."""
     modules = [st_moe_pytorch, st_moe_pytorch.distributed]
     found = {f"{name}": getattr(module, name) for module in modules for name in module.__all__}
-    for module in (audit, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch):
+    for module in (audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch):
         found |= {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     for name, value in found.items():
         if inspect.isclass(value):
