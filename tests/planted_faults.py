@@ -1707,7 +1707,7 @@ FAULTS = [
         "a replay has gates without noise",
         "gating.py",
         "scores = self.scores(clean if noised is None else noised.reshape(*groups, e))",
-        "scores = self._scores(clean if noised is None or choices else noised.reshape(*groups, e))",
+        "scores = self.scores(clean if noised is None or choices else noised.reshape(*groups, e))",
         "test_replay.py::test_gates_are_those_of_the_noised_logits_of_the_recorded_experts",
     ),
     Fault(
