@@ -20,12 +20,13 @@ import runs
 import torch
 from language_model import LanguageModel
 from matplotlib.figure import Figure
+from optimizers import adamw
 from options import option, parse
 from processes import processes
 from runs import spread
 from torch import nn
 from tqdm import tqdm
-from train_lm import Settings, build_optimizer, evaluate, learning_rate, training_batch, update
+from train_lm import WIDE, Settings, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock
 from st_moe_pytorch.tools.watch import RoutingStats, record_routing
@@ -101,13 +102,13 @@ def run(change: str, seed: int, settings: Ablations) -> dict:
     text, validation = runs.read_corpus(settings.text, settings.seq_len)
     torch.manual_seed(seed)
     model = build_model(recipe, settings)
-    optimizer = build_optimizer(model, settings.lr)
+    optimizers = [adamw(model, settings.lr)]
     history, seen = [], []
     start = time.perf_counter()
     for step in range(settings.steps):
         batch = training_batch(text, step, settings)
         with record_routing(model) as routings:
-            update(model, optimizer, batch, learning_rate(step, settings), settings)
+            update(model, optimizers, batch, learning_rate(step, settings), settings)
         if step % RECORD_EVERY == 0 or step == settings.steps - 1:
             layers = [routing for records in routings.values() for routing in records]
             seen += [RoutingStats.of(layer).scalars() for layer in layers]
@@ -236,7 +237,7 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    settings = parse(Ablations, __doc__, only=("out", "only", "seeds", "jobs", *SIZES))
+    settings = parse(Ablations, __doc__, only=("out", "only", "seeds", "jobs", *SIZES), **WIDE | {"steps": 1000})
     changes = [change for change in CHANGES if not settings.only or change in ("usual", *settings.only)]
     results = run_missing(changes, settings)
     print_tables(results, changes)

@@ -36,6 +36,18 @@ class Attention(nn.Module):
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
 
+class LocalContext(nn.Module):
+    """Adds to every byte the ``width`` bytes before it, weighted by channel, (b n d) -> (b n d): Canon layers (Allen-Zhu 2025)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dim).uniform_(-0.5, 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        earlier = (F.pad(x, (0, 0, back, -back)) for back in range(1, len(self.weight) + 1))
+        return x + sum(weight * shifted for weight, shifted in zip(self.weight, earlier, strict=True))
+
+
 class DenseBlock(nn.Module):
     """A `SparseMoEBlock` without routing: one feed-forward, as wide as the experts of a token together."""
 
@@ -54,12 +66,14 @@ class LanguageModel(nn.Module):
     """Bytes (b n) -> logits of the next byte (b n 256) and the routers' auxiliary loss, 0-d.
 
     block: makes a module (b n d) -> (b n d), auxiliary loss, for each of the ``depth`` layers.
+    local: how many earlier bytes each layer adds to a byte, before attention; None leaves this out.
     draws: for each layer the uniform numbers (b n k) of random routing, in place of fresh ones.
     """
 
-    def __init__(self, dim: int, depth: int, block: Callable[[], nn.Module]) -> None:
+    def __init__(self, dim: int, depth: int, block: Callable[[], nn.Module], local: int | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, dim)
+        self.locals = nn.ModuleList(LocalContext(dim, local) if local else nn.Identity() for _ in range(depth))
         self.attentions = nn.ModuleList(Attention(dim) for _ in range(depth))
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.to_logits = nn.Sequential(RMSNorm(dim), nn.Linear(dim, 256))
@@ -67,10 +81,20 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.embedding(x)
         total_aux_loss = x.new_zeros(())
-        for layer, (attention, block) in enumerate(zip(self.attentions, self.blocks, strict=True)):
+        for layer, (local, attention, block) in enumerate(zip(self.locals, self.attentions, self.blocks, strict=True)):
+            x = local(x)
             x, aux_loss, *_ = block(attention(x) + x, draws=None if draws is None else draws[layer])
             total_aux_loss = total_aux_loss + aux_loss
         return self.to_logits(x), total_aux_loss
+
+    def reset_by_fan_in(self) -> "LanguageModel":
+        """Draw the weights of all matrices anew, with variance 1 / fan-in, and set their biases to 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return self
 
     @torch.no_grad()
     def generate(self, prompt: bytes, seed: int, seq_len: int, length: int = 400, temperature: float = 0.7) -> bytes:

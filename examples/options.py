@@ -26,8 +26,8 @@ class Options:
 T = TypeVar("T", bound=Options)
 
 
-def parse(options: type[T], doc: str, only: Sequence[str] | None = None) -> T:
-    """Read options from the command line: all of them, or only some."""
+def parse(options: type[T], doc: str, only: Sequence[str] | None = None, **other_defaults: Any) -> T:
+    """Read options from the command line: all of them, or only some; with other defaults, if any are given."""
     defaults_too = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=defaults_too)
     for each in fields(options):
@@ -41,6 +41,7 @@ def parse(options: type[T], doc: str, only: Sequence[str] | None = None) -> T:
             if get_origin(each.type) is tuple:
                 how["nargs"] = "+"
             parser.add_argument(_flag(each.name), **how)
+    parser.set_defaults(**other_defaults)
     try:
         return options(**vars(parser.parse_args()))
     except ValueError as error:

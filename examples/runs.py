@@ -131,19 +131,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """States of model and optimizer under global names: those of the experts on this rank, and all that ranks share."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=FLAT)
+def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
+    """States of model and optimizers under global names: those of the experts on this rank, and all that ranks share."""
+    model_state, optimizer_state = get_state_dict(model, optimizers, options=FLAT)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def save(out: Path, history: list[dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save(out: Path, history: list[dict], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Save a checkpoint with the history in it. It gets its name, and replaces the last one, when it is complete."""
     step, lines = history[-1]["step"], "".join(json.dumps(record) + "\n" for record in history)
     temporary = out / f"checkpoint-{step}.tmp"
     way_out = f"; step {step} was not saved; make room, and --resume goes on from the checkpoint before it"
     with ending_together(way_out):
-        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+        dcp.save(_state(model, optimizers), checkpoint_id=temporary)
     with ending_together(way_out):
         if dist.get_rank() == 0:
             older = checkpoints(out)
@@ -168,7 +168,7 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def load(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+def load(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
     """Load the last checkpoint, if there is one, that any number of ranks saved, and return its history."""
     saved = checkpoints(out)
     if not saved:
@@ -177,9 +177,9 @@ def load(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
         if dist.get_rank() == 0 and not _is_whole(saved[-1]):
             raise ValueError(f"{saved[-1]} is damaged, or was saved by another version")
     say(f"resuming from step {step_of(saved[-1])}")
-    state, history = _state(model, optimizer), read_history(saved[-1])
+    state, history = _state(model, optimizers), read_history(saved[-1])
     dcp.load(state, checkpoint_id=saved[-1])
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
     with ending_together():
         if dist.get_rank() == 0:
             write_whole(out / "metrics.jsonl", (saved[-1] / "metrics.jsonl").read_text())

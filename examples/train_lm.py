@@ -19,12 +19,14 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import runs
 import torch
 import torch.distributed as dist
 from language_model import HEAD_DIM, DenseBlock, LanguageModel
+from optimizers import muon_and_adamw
 from options import Options, option, parse
 from processes import mean_over_ranks, processes, say, started_processes
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ from st_moe_pytorch.tools.watch import record_routing, routing_stats
 
 TOP_N = 2  # experts that a token chooses
 EVAL_BATCHES = 32  # batches of validation text in an evaluation
+WIDE = {"batch": 4, "dim": 128, "experts": 8, "lr": 3e-3}  # defaults of the scripts that begin with this one
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,15 @@ class Settings(Options):
     dense: bool = option(False, f"one feed-forward, {TOP_N} times as wide, in place of the {TOP_N} experts of a token")
     autocast: bool = option(False, "compute in bfloat16 where that is safe")
     seed: int = option(0, "decides initial weights, order of the data and random routing", positive=False)
-    steps: int = option(1000, "updates, over which the learning rate rises and decays")
-    batch: int = option(4, "sequences per step")
+    steps: int = option(500, "updates, over which the learning rate rises and decays")
+    batch: int = option(8, "sequences per step")
     seq_len: int = option(256, "bytes per sequence")
-    dim: int = option(128, f"width of the model, a multiple of {HEAD_DIM}")
+    dim: int = option(64, f"width of the model, a multiple of {HEAD_DIM}")
     depth: int = option(2, "layers, each of attention and a SparseMoEBlock")
-    experts: int = option(8, f"experts of a layer, of which a token chooses {TOP_N}")
+    local: int = option(3, "earlier bytes that a layer adds to each byte, before attention")
+    experts: int = option(16, f"experts of a layer, of which a token chooses {TOP_N}")
     capacity_factor: float = option(2.0, "slots of an expert in training, as a multiple of tokens / experts")
-    lr: float = option(3e-3, "peak of the learning rate")
+    lr: float = option(1e-2, "peak of the learning rate")
     eval_every: int = option(100, "steps between evaluations, each with a checkpoint")
     prompt: str = option("def ", "beginning of the generated text")
 
@@ -81,13 +85,16 @@ class Settings(Options):
 
 def build_model(settings: Settings) -> LanguageModel:
     torch.manual_seed(settings.seed)
-    if settings.dense:
-        return LanguageModel(settings.dim, settings.depth, lambda: DenseBlock(settings.dim, TOP_N))
     # Where capacity binds, a later token can take the place of a token's second choice.
     # Evaluation drops nothing, so that it sees no future.
     capacity = {"capacity_factor_train": settings.capacity_factor, "capacity_factor_eval": None}
-    block = lambda: SparseMoEBlock(MoE(settings.dim, settings.experts, gating_top_n=TOP_N, **capacity))  # noqa: E731
-    return LanguageModel(settings.dim, settings.depth, block)
+
+    def block() -> nn.Module:
+        if settings.dense:
+            return DenseBlock(settings.dim, TOP_N)
+        return SparseMoEBlock(MoE(settings.dim, settings.experts, gating_top_n=TOP_N, **capacity))
+
+    return LanguageModel(settings.dim, settings.depth, block, settings.local).reset_by_fan_in()
 
 
 def windows(text: Tensor, starts: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -133,15 +140,6 @@ def evaluate(model: nn.Module, text: Tensor, settings: Settings) -> float:
     return mean_over_ranks(torch.stack(losses).double().mean()).item() / math.log(2)
 
 
-def build_optimizer(model: nn.Module, lr: float) -> Optimizer:
-    """AdamW that decays matrices, but not norms, biases and embeddings."""
-    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    ids = set(map(id, matrices))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-
-
 def learning_rate(step: int, settings: Settings) -> float:
     """Linear warm-up over a tenth of the steps, then a cosine down to a twentieth of the peak."""
     warmup = max(settings.steps // 10, 1)
@@ -149,23 +147,30 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * (min((step + 1) / warmup, 1) if progress < 0 else 0.525 + 0.475 * math.cos(math.pi * progress))
 
 
-def update(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, ...], lr: float, settings: Settings) -> float:
+def update(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    batch: tuple[Tensor, ...],
+    lr: float,
+    settings: Settings,
+) -> float:
     """One step of training; returns the loss of its batch in bits per byte."""
-    for group in optimizer.param_groups:
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         group["lr"] = lr
     loss, aux_loss = compute_loss(model, batch, settings)
-    optimizer.zero_grad()
+    model.zero_grad()
     (loss + aux_loss).backward()
     clip_grad_norm_(model, 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.item() / math.log(2)
 
 
 def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list[dict]:
     """Train to the end, from the last checkpoint on, and return the history: a record per evaluation."""
     parallel = data_parallel(shard_experts(model)) if settings.expert_parallel else model
-    optimizer = build_optimizer(model, settings.lr)
-    history = runs.load(settings.out, model, optimizer)
+    optimizers = muon_and_adamw(model, settings.lr)
+    history = runs.load(settings.out, model, optimizers)
     last = history[-1] if history else {"step": 0, "train_seconds": 0.0}
     start, bits, routed = time.perf_counter(), [], []
     bar = {"total": settings.steps, "unit": "step", "dynamic_ncols": True, "disable": dist.get_rank() > 0}
@@ -173,7 +178,7 @@ def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list
         for step in range(last["step"], settings.steps):
             batch = *training_batch(texts[0], step, settings), routing_draws(step, settings)
             with nullcontext({}) if settings.dense else record_routing(model) as routings:
-                bits.append(update(parallel, optimizer, batch, learning_rate(step, settings), settings))
+                bits.append(update(parallel, optimizers, batch, learning_rate(step, settings), settings))
             routed.append(routing_stats(routings))
             speed = len(bits) * settings.batch * settings.seq_len / (time.perf_counter() - start)
             progress.set_postfix({"bits/byte": f"{bits[-1]:.3f}", "tokens/s": f"{speed:,.0f}"}, refresh=False)
@@ -188,7 +193,7 @@ def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list
                 **runs.routing_metrics(routed),
             }
             history.append(last)
-            runs.save(settings.out, history, model, optimizer)
+            runs.save(settings.out, history, model, optimizers)
             told = "step {step}: {train_bits:.3f} bits per byte in training, {validation_bits:.3f} in validation"
             say(told.format(**last))
             start, bits, routed = time.perf_counter(), [], []

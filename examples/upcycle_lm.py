@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import runs
 import torch
 from language_model import DenseBlock, LanguageModel
+from optimizers import adamw
 from options import option, parse
 from processes import processes
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_lm import TOP_N, Settings, build_optimizer, evaluate, learning_rate, training_batch, update
+from train_lm import TOP_N, WIDE, Settings, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
@@ -59,12 +60,12 @@ def train(
 ) -> tuple[float, float]:
     """Train for some steps, on batches from the first one on; bits per byte in validation, and seconds of training."""
     model = WithAuxLosses(model)
-    optimizer = build_optimizer(model, settings.lr)
+    optimizers = [adamw(model, settings.lr)]
     schedule = replace(settings, steps=steps)
     start = time.perf_counter()
     for step in tqdm(range(steps), desc=name, leave=False):
         batch = training_batch(texts[0], first + step, settings)
-        update(model, optimizer, batch, learning_rate(step, schedule), settings)
+        update(model, optimizers, batch, learning_rate(step, schedule), settings)
     seconds = time.perf_counter() - start
     return evaluate(model, texts[1], settings), seconds
 
@@ -103,7 +104,7 @@ def compare(settings: Upcycling, texts: list[Tensor]) -> dict[str, float]:
 
 def main() -> None:
     sizes = ("experts", "batch", "seq_len", "dim", "depth", "lr")
-    settings = parse(Upcycling, __doc__, only=("seeds", "steps", "more_steps", "noise", *sizes))
+    settings = parse(Upcycling, __doc__, only=("seeds", "steps", "more_steps", "noise", *sizes), **WIDE)
     with processes():
         texts = runs.read_corpus(settings.text, settings.seq_len)
         results = [compare(replace(settings, seed=seed), texts) for seed in settings.seeds]

@@ -224,7 +224,7 @@ def test_a_directory_that_holds_a_run_is_not_run_in_again_by_accident(run, ended
         (ended / name).rename(ended / "elsewhere")
         assert "continue it with --resume" in complaint(capsys, run, "--text", text, "--out", ended)
         (ended / "elsewhere").rename(ended / name)
-    assert "lr was 0.003, is now 0.1" in complaint(capsys, run, "--text", text, "--out", ended, "--resume", "--lr=0.1")
+    assert "lr was 0.01, is now 0.1" in complaint(capsys, run, "--text", text, "--out", ended, "--resume", "--lr=0.1")
     assert contents(ended) == before
 
 
