@@ -3,10 +3,10 @@
     python benchmarks/accelerator.py                 # training and decoding in bfloat16, some minutes on one GPU
     python benchmarks/accelerator.py --device cpu --small      # only to see that it runs
 
-A training step is forward and backward, dropless, timed by events of the device while the host runs ahead, as in training: the median
-over rounds of several steps. Memory is the allocator's peak beyond what the model takes. Launches and waits are counted by the profiler
-in one step. transformers is compared if it is installed; its experts have neither biases nor `mult_bias`, so that the layer is measured
-with and without them.
+A training step is forward and backward, dropless, timed by events of the device while the host runs ahead, as in
+training: the median over rounds of several steps. Memory is the allocator's peak beyond what the model takes. Launches
+and waits are counted by the profiler in one step. transformers is compared if it is installed; its experts have neither
+biases nor `mult_bias`, so that the layer is measured with and without them.
 """
 
 import argparse
@@ -92,7 +92,9 @@ class Clock:
 
 
 def layer(work: Work, plain: bool) -> MoE:
-    """All choices asked for, nothing dropped, as in the experts of transformers; plain: without what those do not have."""
+    """All choices asked for, nothing dropped, as in the experts of transformers; plain: without what those do not
+    have.
+    """
     mult = work.hidden * 1.5 / work.dim + 1e-6
     experts = [Expert(work.dim, mult, mult_bias=not plain, bias=not plain) for _ in range(work.experts)]
     gate = TopNGating(work.dim, work.experts, top_n=work.k, capacity_factor_train=None, capacity_factor_eval=None)
@@ -124,7 +126,9 @@ def matrix_products(work: Work, x: Tensor) -> Callable[[], object]:
         layout = routing.rows()
         rows, offs = routing.dispatch(x, layout), layout.offsets
         up, down = (torch.stack([expert.net[i].weight for expert in moe.experts.experts]) for i in (0, 2))
-        hidden, dup, dy = (rows.new_empty(len(rows), width).normal_() for width in (work.hidden, 2 * work.hidden, work.dim))
+        hidden, dup, dy = (
+            rows.new_empty(len(rows), width).normal_() for width in (work.hidden, 2 * work.hidden, work.dim)
+        )
 
     def run() -> None:
         F.grouped_mm(rows, up.transpose(1, 2), offs=offs)
@@ -222,7 +226,9 @@ def captured(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="a size that runs anywhere")
     parser.add_argument("--compiled", action="store_true", help="time compiled forms too")

@@ -1,9 +1,11 @@
-"""Which way of bringing rows to the experts of other ranks, and back, is fastest? Compares them in one run, with the bytes really sent.
+"""Which way of bringing rows to the experts of other ranks, and back, is fastest? Compares them in one run, with the
+bytes really sent.
 
     python benchmarks/communication.py
 
-Each way is a `Strategy`, as `shard_experts` takes them; all must deliver the same rows. Processes on one machine talk through gloo and the
-loopback network, whose counters (Linux) give the bytes. Times are those of the slowest rank, medians of runs that take turns.
+Each way is a `Strategy`, as `shard_experts` takes them; all must deliver the same rows. Processes on one machine talk
+through gloo and the loopback network, whose counters (Linux) give the bytes. Times are those of the slowest rank,
+medians of runs that take turns.
 """
 
 import argparse
@@ -30,7 +32,9 @@ Traffic = list[list[int]]
 
 
 def pick(everything: Tensor, sizes: list[int], traffic: Traffic, rank: int) -> Tensor:
-    """This rank's rows among those of all ranks, which lie in blocks of ``sizes``, the traffic of a rank first in its block."""
+    """This rank's rows among those of all ranks, which lie in blocks of ``sizes``, the traffic of a rank first in its
+    block.
+    """
     starts = list(accumulate(sizes, initial=0))
     firsts = [start + sum(sent[:rank]) for start, sent in zip(starts, traffic, strict=False)]
     return torch.cat([everything[first : first + sent[rank]] for first, sent in zip(firsts, traffic, strict=True)])
@@ -60,7 +64,9 @@ def reduce_scatter(rows: Tensor, traffic: Traffic, channel: Channel) -> Tensor:
 def broadcasts(rows: Tensor, traffic: Traffic, channel: Channel, asynchronous: bool = False) -> Tensor:
     """Every rank broadcasts its rows, one after the other or all at once."""
     sizes = [sum(sent) for sent in traffic]
-    blocks = [rows if rank == channel.rank else rows.new_empty(size, *rows.shape[1:]) for rank, size in enumerate(sizes)]
+    blocks = [
+        rows if rank == channel.rank else rows.new_empty(size, *rows.shape[1:]) for rank, size in enumerate(sizes)
+    ]
     works: list[Any] = [dist.broadcast(block, src=rank, async_op=asynchronous) for rank, block in enumerate(blocks)]
     for work in filter(None, works):
         work.wait()
@@ -100,7 +106,10 @@ def measure(rank: int, ranks: int, rendezvous: str, sizes: list[tuple[int, int]]
     for tokens, dim in sizes:
         generator = torch.Generator().manual_seed(0)
         # destinations drawn at random, so that all pairs of ranks have a little more or less to tell each other
-        traffic = [torch.randint(ranks, (tokens,), generator=generator).bincount(minlength=ranks).tolist() for _ in range(ranks)]
+        traffic = [
+            torch.randint(ranks, (tokens,), generator=generator).bincount(minlength=ranks).tolist()
+            for _ in range(ranks)
+        ]
         rows = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(rank))
         expected = torch.cat([part * (1 + r) for r, part in enumerate(rows.split(traffic[rank]))])
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -116,22 +125,35 @@ def measure(rank: int, ranks: int, rendezvous: str, sizes: list[tuple[int, int]]
                 assert torch.equal(outcome, expected), name
         slowest = torch.tensor([times[1:] for times in seconds.values()])  # without the first, which opens connections
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        fewest = 2 * rows.element_size() * dim * sum(sum(chain(line[:r], line[r + 1 :])) for r, line in enumerate(traffic)) / ranks
+        fewest = (
+            2
+            * rows.element_size()
+            * dim
+            * sum(sum(chain(line[:r], line[r + 1 :])) for r, line in enumerate(traffic))
+            / ranks
+        )
         if rank == 0:
             times = {name: median(line.tolist()) for name, line in zip(WAYS, slowest, strict=True)}
-            results.put((ranks, tokens, dim, times, {name: median(numbers) / ranks for name, numbers in sent.items()}, fewest))
+            results.put(
+                (ranks, tokens, dim, times, {name: median(numbers) / ranks for name, numbers in sent.items()}, fewest)
+            )
     dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sizes", nargs="+", default=["64x512", "1024x512", "8192x512"], help="rows of a rank x width")
     parser.add_argument("--repeats", type=int, default=21, help="runs of each way, of which the median counts")
     args = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
     results = mp.get_context("spawn").SimpleQueue()
-    print(f"torch {torch.__version__}, gloo on {platform.machine()}, {torch.get_num_threads()} cores, one thread per rank\n")
+    print(
+        f"torch {torch.__version__}, gloo on {platform.machine()}, {torch.get_num_threads()} cores, one thread "
+        "per rank\n"
+    )
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as directory:
             arguments = (ranks, f"{directory}/rendezvous", sizes, args.repeats, results)
@@ -139,7 +161,10 @@ def main() -> None:
         for _ in sizes:
             ranks, tokens, dim, times, sent, fewest = results.get()
             first = next(iter(times))
-            print(f"{ranks} ranks, {tokens} rows of {dim} float32 each, there and back; {first}: {times[first] * 1e3:.2f} ms")
+            print(
+                f"{ranks} ranks, {tokens} rows of {dim} float32 each, there and back; {first}: "
+                f"{times[first] * 1e3:.2f} ms"
+            )
             print("| way | time / all-to-all | bytes sent per rank / fewest possible |\n|---|---|---|")
             for name in times:
                 print(f"| {name} | {times[name] / times[first]:.2f} | {sent[name] / fewest:.2f} |")

@@ -1,4 +1,5 @@
-"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios of the same round.
+"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios of the
+same round.
 
     python benchmarks/speed.py                       # everything, about half an hour
     python benchmarks/speed.py --only decoding       # the workloads with that word in their name
@@ -6,14 +7,13 @@
 
 Compared are, each in fresh processes that take turns:
 
-    floor     only the matrix products of the experts on the rows that the layer routes, forward and backward
-    layer     `MoE`
-    dense     `MoE` through the einsums with its dense tensors, which are quadratic in n
-    0.1.8     st-moe-pytorch 0.1.8
-    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the same size, dropless
+    floor     only the matrix products of the experts on the rows that the layer routes, forward and backward layer
+    `MoE` dense     `MoE` through the einsums with its dense tensors, which are quadratic in n 0.1.8     st-moe-pytorch
+    0.1.8 mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the
+    same size, dropless
 
-All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for the gradients of
-all weights, or not, by chance, which for many small experts takes as long as their products.
+All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for
+the gradients of all weights, or not, by chance, which for many small experts takes as long as their products.
 """
 
 import argparse
@@ -71,7 +71,9 @@ WORKLOADS = [
 
 
 def is_possible(contender: str, work: Workload) -> bool:
-    """0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run without."""
+    """0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run
+    without.
+    """
     if work.compiled or work.autocast:
         return contender in ("floor", "layer") or (work.autocast and contender == "mixtral")
     return not (contender == "0.1.8" and work.k < 2)
@@ -104,7 +106,9 @@ def mixtral(work: Workload) -> Any:
 
 
 def matrix_products(work: Workload, x: Tensor) -> Callable[[], object]:
-    """The two products of every expert that has rows and, in training, the four of their backward, with the results kept for a step."""
+    """The two products of every expert that has rows and, in training, the four of their backward, with the results
+    kept for a step.
+    """
     moe = layer(work)
     routing = moe.gate.route(x.detach())
     layout = routing.rows()
@@ -114,7 +118,15 @@ def matrix_products(work: Workload, x: Tensor) -> Callable[[], object]:
         part = rows[start:stop]
         first, _, last = (child.requires_grad_(False) for child in expert.net)
         if len(part):
-            jobs.append((part, torch.randn(len(part), last.in_features), torch.randn(len(part), first.out_features), first, last))
+            jobs.append(
+                (
+                    part,
+                    torch.randn(len(part), last.in_features),
+                    torch.randn(len(part), first.out_features),
+                    first,
+                    last,
+                )
+            )
 
     def run() -> None:
         results = [(first(part), last(hidden)) for part, hidden, _, first, last in jobs]
@@ -187,7 +199,10 @@ def install_peers(folder: str) -> str:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = f"{folder}/bin/python"
     site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     Path(site.stdout.strip(), "parent.pth").write_text(sysconfig.get_path("purelib"))
     subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True, capture_output=True)
@@ -203,7 +218,9 @@ def floor_of(work: Workload) -> Workload:
     return work._replace(name="", compiled=False)
 
 
-def compare(works: Sequence[Workload], pythons: dict[str, str], rounds: int, settings: dict[str, str]) -> dict[str, Results]:
+def compare(
+    works: Sequence[Workload], pythons: dict[str, str], rounds: int, settings: dict[str, str]
+) -> dict[str, Results]:
     """Every contender on workloads of one floor, in turns, each time in a fresh process."""
     found: dict[str, Results] = {work.name: {name: [] for name in pythons if is_possible(name, work)} for work in works}
     environment = os.environ | settings | {"PYTHONWARNINGS": "ignore"}
@@ -236,7 +253,9 @@ def cells(found: Results) -> list[str]:
     """Time of every contender and memory of all but the floor, as multiples of the floor's and the layer's."""
     times = [ratios(found, name, "seconds", "floor") for name in CONTENDERS[1:]]
     memories = [ratios(found, name, "memory", "layer").partition(" ")[0] for name in CONTENDERS[2:]]
-    floor, memory = (median(result[key] for result in found[name]) for name, key in (("floor", "seconds"), ("layer", "memory")))
+    floor, memory = (
+        median(result[key] for result in found[name]) for name, key in (("floor", "seconds"), ("layer", "memory"))
+    )
     return [*times, f"{floor * 1e3:.2f} ms", f"{memory / 2**20:.0f} MiB", *memories]
 
 
@@ -249,12 +268,18 @@ def plot(found: dict[str, Results], path: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    series = {"tokens of a sequence": ("length", lambda work: work.n), "experts, for 512 tokens": (" experts", lambda work: work.experts)}
+    series = {
+        "tokens of a sequence": ("length", lambda work: work.n),
+        "experts, for 512 tokens": (" experts", lambda work: work.experts),
+    }
     for axes, (label, (word, of)) in zip(panels, series.items(), strict=True):
         works = [work for work in WORKLOADS if word in work.name and work.name in found]
         for color, name in enumerate(CONTENDERS):
             taken = {work: found[work.name][name] for work in works if name in found[work.name]}
-            points = [(of(work), median(r["seconds"] for r in results) / work.b / work.n * 1e6) for work, results in taken.items()]
+            points = [
+                (of(work), median(r["seconds"] for r in results) / work.b / work.n * 1e6)
+                for work, results in taken.items()
+            ]
             if points:
                 axes.loglog(*zip(*points, strict=True), marker="o", color=f"C{color}", label=name)
         values = sorted({of(work) for work in works})
@@ -270,11 +295,17 @@ def plot(found: dict[str, Results], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--only", default="", help="run the workloads whose name contains this")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender and workload, of which the median counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="processes of each contender and workload, of which the median counts"
+    )
     parser.add_argument("--no-peers", action="store_true", help="compare with nothing that has to be installed")
-    parser.add_argument("--default-allocator", action="store_true", help="leave the settings of the allocator as they are")
+    parser.add_argument(
+        "--default-allocator", action="store_true", help="leave the settings of the allocator as they are"
+    )
     parser.add_argument("--plot", type=Path, help="write a picture of the cost per token here (needs matplotlib)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -287,13 +318,17 @@ def main() -> None:
         pythons = dict.fromkeys(CONTENDERS[:3], sys.executable)
         if not args.no_peers:
             pythons |= dict.fromkeys(CONTENDERS[3:], install_peers(folder))
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n")
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n"
+        )
         times = [f"{name} / floor" for name in CONTENDERS[1:]]
         memories = [f"memory: {name} / layer" for name in CONTENDERS[2:]]
         header = ["workload", "(b, n, d), experts, k", *times, "floor", "memory of layer", *memories]
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         found: dict[str, Results] = {}
-        for alike in {floor_of(work): [other for other in works if floor_of(other) == floor_of(work)] for work in works}.values():
+        for alike in {
+            floor_of(work): [other for other in works if floor_of(other) == floor_of(work)] for work in works
+        }.values():
             found |= compare(alike, pythons, args.rounds, {} if args.default_allocator else KEEP_MEMORY)
             for work in alike:
                 shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"

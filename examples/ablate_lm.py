@@ -1,10 +1,13 @@
-"""Ablate the recipe of ST-MoE on the small language model of train_lm.py: one change at a time, each over several seeds.
+"""Ablate the recipe of ST-MoE on the small language model of train_lm.py: one change at a time, each over several
+seeds.
 
-    python examples/ablate_lm.py --jobs 2                                   # all of it: 44 minutes on two cores
-    python examples/ablate_lm.py --only "top 1" "top 3" --seeds 0           # some of it; the usual model is always there to compare with
+    python examples/ablate_lm.py --jobs 2                                   # all of it: 44 minutes on two cores python
+    examples/ablate_lm.py --only "top 1" "top 3" --seeds 0           # some of it; the usual model is always there to
+    compare with
 
-Every run is a file in --out, and a run that is there is not repeated: what was interrupted goes on. Seeds fix initial weights, data and
-random numbers, so that a change is compared with the usual model of the same seed. Prints tables and draws ablations.png.
+Every run is a file in --out, and a run that is there is not repeated: what was interrupted goes on. Seeds fix initial
+weights, data and random numbers, so that a change is compared with the usual model of the same seed. Prints tables and
+draws ablations.png.
 """
 
 import json
@@ -68,7 +71,9 @@ class Ablations(Settings):
     """The options of the command line, of which those of `train_lm` that are no sizes stay as they are."""
 
     out: Path = option(Path("runs/ablations"), "directory for a file of each run, and the picture")  # noqa: RUF009
-    only: tuple[str, ...] = option((), f"changes to run, of: {', '.join(CHANGES)}; all if not given", choices=CHANGES, metavar="CHANGE")
+    only: tuple[str, ...] = option(
+        (), f"changes to run, of: {', '.join(CHANGES)}; all if not given", choices=CHANGES, metavar="CHANGE"
+    )
     seeds: tuple[int, ...] = option((0, 1, 2), "a run of every change for each")
     jobs: int = option(1, "runs at the same time, with one thread each")
 
@@ -91,7 +96,9 @@ def build_model(recipe: dict, settings: Ablations) -> nn.Module:
     model = LanguageModel(settings.dim, settings.depth, block)
     for name, parameter in model.named_parameters():
         if name.endswith("mult_bias"):
-            parameter.requires_grad_(recipe["mult_bias"])  # it starts at 1: without a gradient, it might as well not be there
+            parameter.requires_grad_(
+                recipe["mult_bias"]
+            )  # it starts at 1: without a gradient, it might as well not be there
     return model
 
 
@@ -160,7 +167,9 @@ def read_result(change: str, seed: int, settings: Ablations) -> dict | None:
         return None
     result = json.loads(path.read_text())
     if result["settings"] != run_settings(change, settings):
-        raise SystemExit(f"ablate_lm.py: {path} was run with other settings, {result['settings']}: choose another --out")
+        raise SystemExit(
+            f"ablate_lm.py: {path} was run with other settings, {result['settings']}: choose another --out"
+        )
     return result
 
 
@@ -176,7 +185,9 @@ def run_missing(changes: list[str], settings: Ablations) -> list[dict]:
         for done in as_completed([pool.submit(run_alone, *each, settings) for each in missing]):
             result = done.result()
             runs.write_whole(result_path(result["change"], result["seed"], settings), json.dumps(result))
-            progress.write(f"{result['change']}, seed {result['seed']}: {result['bits']['none dropped']:.3f} bits per byte")
+            progress.write(
+                f"{result['change']}, seed {result['seed']}: {result['bits']['none dropped']:.3f} bits per byte"
+            )
             progress.update()
     return [read_result(*each, settings) for each in wanted]
 
@@ -184,7 +195,10 @@ def run_missing(changes: list[str], settings: Ablations) -> list[dict]:
 def differences(results: list[dict], change: str, compared_with: str = "usual") -> list[float]:
     """Bits per byte above those of another model, seed by seed."""
     bits = {(result["change"], result["seed"]): result["bits"]["none dropped"] for result in results}
-    return [bits[change, seed] - bits[compared_with, seed] for seed in sorted({seed for name, seed in bits if name == change})]
+    return [
+        bits[change, seed] - bits[compared_with, seed]
+        for seed in sorted({seed for name, seed in bits if name == change})
+    ]
 
 
 def print_tables(results: list[dict], changes: list[str]) -> None:
@@ -193,14 +207,22 @@ def print_tables(results: list[dict], changes: list[str]) -> None:
     print("|---|---|---|---|---|---|")
     groups = {change: [result for result in results if result["change"] == change] for change in changes}
     for change, group in groups.items():
-        bits, largest, seconds = ([get(run) for run in group] for get in (final_bits, largest_logit, lambda run: run["seconds"]))
+        bits, largest, seconds = (
+            [get(run) for run in group] for get in (final_bits, largest_logit, lambda run: run["seconds"])
+        )
         above = spread(differences(results, change), "+.3f") if change != "usual" else ""
         dropped = mean(run["dropped"] for run in group)
-        print(f"| {change} | {spread(bits)} | {above} | {dropped:.1%} | {spread(largest, '.0f')} | {mean(seconds):.0f} |")
+        print(
+            f"| {change} | {spread(bits)} | {above} | {dropped:.1%} | {spread(largest, '.0f')} | {mean(seconds):.0f} |"
+        )
     print(f"\n| trained with | {' | '.join(CAPACITIES_IN_EVALUATION)} |\n|---{'|---' * len(CAPACITIES_IN_EVALUATION)}|")
     for change in ("capacity factor 1", "usual", "capacity factor 2"):
         if group := groups.get(change):
-            print(f"| {change} | {' | '.join(spread([run['bits'][name] for run in group]) for name in CAPACITIES_IN_EVALUATION)} |")
+            print(
+                f"| {change} | "
+                + " | ".join(spread([run["bits"][name] for run in group]) for name in CAPACITIES_IN_EVALUATION)
+                + " |"
+            )
 
 
 def final_bits(run: dict) -> float:
@@ -216,7 +238,9 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
     """Every change's difference to the usual model, a dot per seed, and the size of logits with and without z-loss."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     dots, logits = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    shown = [change for change in changes if change != "usual" and "lr" not in CHANGES[change]]  # those would be far to the right
+    shown = [
+        change for change in changes if change != "usual" and "lr" not in CHANGES[change]
+    ]  # those would be far to the right
     for row, change in enumerate(shown):
         above = differences(results, change)
         dots.plot(above, [row] * len(above), "o", color="C0", alpha=0.6)
@@ -225,13 +249,22 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
     dots.set_yticks(range(len(shown)), shown)
     dots.invert_yaxis()
     dots.locator_params(axis="x", nbins=6)
-    dots.set(title="Bits per byte above the usual model", xlabel="worse to the right; a dot per seed, a line for their mean")
-    for color, change in enumerate(name for name in changes if name == "usual" or "z-loss" in name or "learning rate" in name):
+    dots.set(
+        title="Bits per byte above the usual model", xlabel="worse to the right; a dot per seed, a line for their mean"
+    )
+    for color, change in enumerate(
+        name for name in changes if name == "usual" or "z-loss" in name or "learning rate" in name
+    ):
         for number, result in enumerate(result for result in results if result["change"] == change):
             steps, z = ([record[name] for record in result["history"]] for name in ("step", "router_z"))
             size = [math.sqrt(value) for value in z]
             logits.plot(steps, size, color=f"C{color}", linewidth=1, label=None if number else change)
-    logits.set(title="Size of the router's logits in training", xlabel="step", ylabel="root mean square of logsumexp(logits)", yscale="log")
+    logits.set(
+        title="Size of the router's logits in training",
+        xlabel="step",
+        ylabel="root mean square of logsumexp(logits)",
+        yscale="log",
+    )
     logits.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=100)
 

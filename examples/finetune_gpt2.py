@@ -1,8 +1,8 @@
 """Fine-tune a GPT-2 whose feed-forwards are swapped for sparse layers, with transformers.Trainer.
 
-    pip install -e '.[integrations]'
-    python examples/finetune_gpt2.py                                   # a small model of random weights on bytes: half a minute
-    python examples/finetune_gpt2.py --model gpt2 --text FILE          # a trained one, from the hub or a directory
+    pip install -e '.[integrations]' python examples/finetune_gpt2.py                                   # a small model
+    of random weights on bytes: half a minute python examples/finetune_gpt2.py --model gpt2 --text FILE          # a
+    trained one, from the hub or a directory
 
 Experts start as copies of the dense feed-forwards, so that training starts from what the model could do before.
 """
@@ -43,9 +43,15 @@ def windows(ids: Tensor, length: int) -> list[dict[str, Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="name or directory of a trained GPT-2; None: a small one of random weights, on bytes")
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_path("stdlib"), "argparse.py"), help="file to train on")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="name or directory of a trained GPT-2; None: a small one of random weights, on bytes"
+    )
+    parser.add_argument(
+        "--text", type=Path, default=Path(sysconfig.get_path("stdlib"), "argparse.py"), help="file to train on"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_gpt2"), help="directory that gets the model")
     parser.add_argument("--experts", type=int, default=8, help="experts of a layer")
     parser.add_argument("--steps", type=int, default=100, help="updates")
@@ -57,7 +63,9 @@ def main() -> None:
         ids = tokenizer(text, return_tensors="pt").input_ids[0]
     else:
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=256, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        )
         ids = torch.tensor(list(text.encode()))
     model.config.num_experts = args.experts
     examples = windows(ids, min(model.config.n_positions, 256))
@@ -66,7 +74,8 @@ def main() -> None:
     trainer = SparseTrainer(
         model=swap_in(model),
         args=TrainingArguments(
-            output_dir=str(args.out), max_steps=args.steps, per_device_train_batch_size=8, learning_rate=1e-3, lr_scheduler_type="cosine",
+            output_dir=str(args.out), max_steps=args.steps, per_device_train_batch_size=8,
+            learning_rate=1e-3, lr_scheduler_type="cosine",
             warmup_steps=args.steps // 10, logging_steps=10, save_strategy="no", report_to=[], seed=0,
         ),
         train_dataset=examples[:-held_out],
@@ -81,7 +90,10 @@ def main() -> None:
         print(f"{layer}: experts get {counted.load().min():.1%} to {counted.load().max():.1%} of the choices")
     warn_of_collapse(stats)
     trainer.save_model()
-    print(f"validation loss {before:.3f} before, {after:.3f} after; SparseGPT2.from_pretrained('{args.out}') loads the model")
+    print(
+        f"validation loss {before:.3f} before, {after:.3f} after; SparseGPT2.from_pretrained('{args.out}') loads "
+        "the model"
+    )
 
 
 if __name__ == "__main__":

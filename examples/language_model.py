@@ -37,7 +37,9 @@ class Attention(nn.Module):
 
 
 class LocalContext(nn.Module):
-    """Adds to every byte the ``width`` bytes before it, weighted by channel, (b n d) -> (b n d): Canon layers (Allen-Zhu 2025)."""
+    """Adds to every byte the ``width`` bytes before it, weighted by channel, (b n d) -> (b n d): Canon layers
+    (Allen-Zhu 2025).
+    """
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Pictures of runs of train_lm.py, and a table that compares them.
 
-    python examples/plot_runs.py runs/*      # writes runs/comparison.png and prints bits per byte by kind of run, over its seeds
+    python examples/plot_runs.py runs/*      # writes runs/comparison.png and prints bits per byte by kind of run, over
+    its seeds
 
 A run's own picture, training.png, is drawn by train_lm.py.
 """
@@ -19,14 +20,19 @@ def kinds_of_runs(runs: list[Path]) -> dict[str, list[list[dict]]]:
         settings = read_settings(run)
         history = read_history(run) if (run / "metrics.jsonl").exists() else []
         if history and history[-1]["step"] == settings["steps"]:
-            kinds.setdefault(f"{'dense' if settings['dense'] else 'sparse'}, {settings['steps']} steps", []).append(history)
+            kinds.setdefault(f"{'dense' if settings['dense'] else 'sparse'}, {settings['steps']} steps", []).append(
+                history
+            )
         else:
             print(f"left out, since it did not end: {run}")
     return kinds
 
 
 def print_comparison(kinds: dict[str, list[list[dict]]]) -> None:
-    print("| model | seeds | bits per byte in validation: mean (least to most) | seconds of training (least to most) |\n|---|---|---|---|")
+    print(
+        "| model | seeds | bits per byte in validation: mean (least to most) | seconds of training (least to "
+        "most) |\n|---|---|---|---|"
+    )
     for kind, histories in kinds.items():
         bits, seconds = ([history[-1][key] for history in histories] for key in ("validation_bits", "train_seconds"))
         print(f"| {kind} | {len(histories)} | {spread(bits)} | {spread(seconds, '.0f')} |")

@@ -132,7 +132,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
-    """States of model and optimizers under global names: those of the experts on this rank, and all that ranks share."""
+    """States of model and optimizers under global names: those of the experts on this rank, and all that ranks
+    share.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizers, options=FLAT)
     return {"model": model_state, "optimizer": optimizer_state}
 
@@ -179,7 +181,9 @@ def load(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
     say(f"resuming from step {step_of(saved[-1])}")
     state, history = _state(model, optimizers), read_history(saved[-1])
     dcp.load(state, checkpoint_id=saved[-1])
-    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+    set_state_dict(
+        model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT
+    )
     with ending_together():
         if dist.get_rank() == 0:
             write_whole(out / "metrics.jsonl", (saved[-1] / "metrics.jsonl").read_text())

@@ -1,4 +1,6 @@
-"""Checks of what users pass in. Every error names the argument, its value and the fix; nothing is changed before it is raised."""
+"""Checks of what users pass in. Every error names the argument, its value and the fix; nothing is changed before it is
+raised.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,7 +19,9 @@ def typechecked(function: F) -> F:
     """Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
 
     @cache
-    def checked() -> Callable[..., Any]:  # at the first call, since importing beartype takes as long as importing this package
+    def checked() -> Callable[
+        ..., Any
+    ]:  # at the first call, since importing beartype takes as long as importing this package
         from beartype import BeartypeConf, FrozenDict, beartype
 
         numbers = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
@@ -46,14 +50,18 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_finite(**numbers: float) -> None:
-    """Raise ValueError unless every named number is finite. Tensors are taken at their word, since a look at them may wait for a device."""
+    """Raise ValueError unless every named number is finite. Tensors are taken at their word, since a look at them may
+    wait for a device.
+    """
     for name, number in numbers.items():
         if not isinstance(number, Tensor) and not math.isfinite(number):
             raise ValueError(f"{name} must be a finite number, got {number}")
 
 
 def is_blind(t: Tensor) -> bool:
-    """Whether nothing may depend on the values of a tensor: in code that is compiled, exported or traced, and where it has none."""
+    """Whether nothing may depend on the values of a tensor: in code that is compiled, exported or traced, and where it
+    has none.
+    """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return is_traced or t.is_meta or is_fake(t)
 
@@ -75,13 +83,18 @@ def check_noise(noise_gates: bool, noise_mult: float = 1.0) -> None:
     check_finite(noise_mult=noise_mult)
     if isinstance(noise_gates, Tensor):
         shape = tuple(noise_gates.shape)
-        raise ValueError(f"noise_gates must be a bool, got a tensor of shape {shape}: a mask is passed by name, mask=...")
+        raise ValueError(
+            f"noise_gates must be a bool, got a tensor of shape {shape}: a mask is passed by name, mask=..."
+        )
 
 
-def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, route_by: Tensor | None = None, draws: Tensor | None = None) -> None:
+def check_tokens(
+    x: Tensor, dim: int, mask: Tensor | None = None, route_by: Tensor | None = None, draws: Tensor | None = None
+) -> None:
     """Raise ValueError unless x (..., d) are floating-point tokens of width dim, and what comes with them fits.
 
-    mask (...) is boolean, route_by (..., d) of x's shape, draws (..., k) with as many axes; the gate knows the shape that it needs of them.
+    mask (...) is boolean, route_by (..., d) of x's shape, draws (..., k) with as many axes; the gate knows the shape
+    that it needs of them.
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be a real floating-point tensor, got {x.dtype}: convert it, e.g. x.float()")
@@ -94,7 +107,9 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None = None, route_by: Tens
         expected = f"a floating-point tensor of x's shape {tuple(x.shape)}"
         raise ValueError(f"route_by must be {expected}, got {route_by.dtype} of shape {tuple(route_by.shape)}")
     if draws is not None and draws.ndim != x.ndim:
-        raise ValueError(f"draws must have x's shape {tuple(x.shape)} but for the last axis, the choices, got {tuple(draws.shape)}")
+        raise ValueError(
+            f"draws must have x's shape {tuple(x.shape)} but for the last axis, the choices, got {tuple(draws.shape)}"
+        )
     for name, given in (("mask", mask), ("route_by", route_by), ("draws", draws)):
         if given is not None and given.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {given.device}")
@@ -110,12 +125,26 @@ def check_draws(draws: Tensor, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"draws must lie in [0, 1], got numbers from {draws.min().item()} to {draws.max().item()}")
 
 
+def check_thresholds(thresholds: Tensor, top_n: int, name: str) -> None:
+    """Raise ValueError unless there is a threshold in [0, 1] for each choice, as far as they can be looked at."""
+    if thresholds.shape != (top_n,):
+        wanted = f"a number for each of top_n={top_n} choices"
+        raise ValueError(f"{name} must hold {wanted}, got shape {tuple(thresholds.shape)}")
+    if can_be_looked_at(thresholds) and not all(0 <= t <= 1 for t in thresholds.tolist()):
+        raise ValueError(
+            f"{name} must lie in [0, 1], got {thresholds.tolist()}; where a loader left it without values, "
+            "reset_parameters() sets those that the gate was built with"
+        )
+
+
 def refuse_old_pickle(module: nn.Module, state: dict[str, Any], needed: str) -> None:
-    """Raise RuntimeError for the state of a whole module that an older version pickled, which lacks an attribute that is needed here."""
+    """Raise RuntimeError for the state of a whole module that an older version pickled, which lacks an attribute that
+    is needed here.
+    """
     if needed not in state:
         raise RuntimeError(
-            f"this {type(module).__name__} was pickled by another version of st-moe-pytorch, such as 0.1.8, and lacks {needed!r}: save its "
-            "state_dict() there and load that here, which has the same names and shapes"
+            f"this {type(module).__name__} was pickled by another version of st-moe-pytorch, such as 0.1.8, and "
+            f"lacks {needed!r}: save its state_dict() there and load that here, which has the same names and shapes"
         )
 
 

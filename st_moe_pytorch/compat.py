@@ -38,7 +38,9 @@ def is_fake(t: Tensor) -> bool:
 
 
 def may_be_derived(*tensors: Tensor | float) -> bool:
-    """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or many at a time."""
+    """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or
+    many at a time.
+    """
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
     if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
@@ -53,9 +55,11 @@ WORTH_FUSING = 2**20  # numbers; of fewer, a kernel takes less time than finding
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: the function, as few kernels where its first tensor is a large one on a GPU for which torch.compile has Triton.
+    """Decorator: the function, as few kernels where its first tensor is a large one on a GPU for which torch.compile
+    has Triton.
 
-    For functions of tensors that are called without a graph, as in `torch.autograd.Function`; elsewhere they run as they are written.
+    For functions of tensors that are called without a graph, as in `torch.autograd.Function`; elsewhere they run as
+    they are written.
     """
 
     @wraps(function)
@@ -68,7 +72,9 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 def _is_fused(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or not t.is_cuda or t.numel() < WORTH_FUSING:
         return False
-    is_plain = not (torch.is_grad_enabled() or is_transformed() or is_fake(t) or torch.autograd.forward_ad._current_level >= 0)
+    is_plain = not (
+        torch.is_grad_enabled() or is_transformed() or is_fake(t) or torch.autograd.forward_ad._current_level >= 0
+    )
     return is_plain and has_triton()
 
 
@@ -92,7 +98,9 @@ F = TypeVar("F", bound=type[Function])
 
 
 def with_known_signature(function: F) -> F:
-    """Class decorator for autograd functions: torch looks up the signature of forward in every call, as long as a small product takes."""
+    """Class decorator for autograd functions: torch looks up the signature of forward in every call, as long as a small
+    product takes.
+    """
     function.forward.__signature__ = signature(function.forward)
     return function
 
@@ -104,7 +112,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write tensors into a stack of them, which may have another dtype: in few kernels, where torch.stack casts one by one."""
+    """Write tensors into a stack of them, which may have another dtype: in few kernels, where torch.stack casts one by
+    one.
+    """
     if stack.dtype == tensors[0].dtype:
         torch.stack(list(tensors), out=stack)
     else:
@@ -112,7 +122,9 @@ def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def contents(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter | None]]:
-    """Its own modules and parameters by name, without the search for repeated ones that their public names go through."""
+    """Its own modules and parameters by name, without the search for repeated ones that their public names go
+    through.
+    """
     return module._modules, module._parameters  # pyright: ignore[reportReturnType]
 
 
@@ -121,8 +133,12 @@ def name_exported_tuple(cls: type, name: str) -> None:
     _pytree._register_namedtuple(cls, serialized_type_name=name)
 
 
-def eager(function: Callable[..., Any], because: str = "tokens go to other ranks, in numbers that depend on data") -> Callable[..., Any]:
-    """The function, run in eager mode where it is called by code that torch.compile traces; with fullgraph=True that is an error."""
+def eager(
+    function: Callable[..., Any], because: str = "tokens go to other ranks, in numbers that depend on data"
+) -> Callable[..., Any]:
+    """The function, run in eager mode where it is called by code that torch.compile traces; with fullgraph=True that is
+    an error.
+    """
     if not torch.compiler.is_compiling():
         return function
     torch._dynamo.graph_break(msg=f"{because}: compile without fullgraph=True")

@@ -92,9 +92,8 @@ class ExpertChoiceGating(Gate):
             indices = torch.where(picked, probs, probs - 1).argsort(dim=-1, descending=True, stable=True)
             slots = slots.masked_fill(~picked, -1).gather(-1, indices)
         else:
-            choices.check_fit((b, n, e), e, groups)
-            indices, capacity = choices.indices.long().view(*groups, e), choices.capacity
-            slots = choices.slots.long().view(*groups, e).masked_fill(padding, -1)
+            choices = choices.fitted((b, n, e), e, groups)
+            indices, capacity, slots = choices.indices, choices.capacity, choices.slots.masked_fill(padding, -1)
         kept = slots >= 0
         gates = probs.gather(-1, indices) / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         no_loss = logits.new_zeros(())

@@ -27,14 +27,15 @@ class Experts(nn.Module):
     """A list of experts, any modules (1, t, d) -> (1, t, d'), each run on the tokens it was sent.
 
     experts: one module per expert; they may differ, but not in their output width. They are kept as they are.
-    is_distributed: exchange tokens between ranks that all hold all experts, so that each computes an equal share of their work.
-        None is False until `shard_experts` leaves each rank with its own experts only, and then True.
+    is_distributed: exchange tokens between ranks that all hold all experts, so that each computes an equal share of
+        their work. None is False until `shard_experts` leaves each rank with its own experts only, and then True.
     allow_var_seq_len: accepted for code written against 0.1.8; ranks may always have tokens of different number.
     strategy: how tokens are exchanged, "all_to_all", "all_gather" or a `Strategy`.
     process_group: ranks that exchange tokens, all by default.
 
-    On CPU, experts are called one by one. On accelerators and in compiled code, plain `Expert`s of one shape share their products
-    (`grouped_linear`). Others are called there too; in compiled code they run on slots (b, c, d) of fixed number, which is slower.
+    On CPU, experts are called one by one. On accelerators and in compiled code, plain `Expert`s of one shape share
+    their products (`grouped_linear`). Others are called there too; in compiled code they run on slots (b, c, d) of
+    fixed number, which is slower.
     """
 
     @typechecked
@@ -66,8 +67,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor | None = None, is_distributed: bool | None = None) -> Tensor:
         """Run every expert on its own tokens, in either layout.
 
-        Slots: x (b e n d) -> (b e n d').
-        Rows: x (t d) sorted by expert and offsets (e) int32, where each expert's rows end -> (t d'). Rows behind the last offset are no
+        Slots: x (b e n d) -> (b e n d'). Rows: x (t d) sorted by expert and offsets (e) int32, where each expert's rows
+        end -> (t d'). Rows behind the last offset are no
             expert's: the very last of them gives zero, the others anything.
         """
         if isinstance(offsets, bool):  # 0.1.8 had is_distributed second
@@ -78,7 +79,9 @@ class Experts(nn.Module):
             self._check_rows(x, offsets)
             return run_shared(self.experts, x, offsets) if shared else eager(self._run_rows)(x, offsets, parallel)
         if x.ndim != 4 or x.shape[1] != self.num_experts:
-            raise ValueError(f"x must have shape (batch, {self.num_experts}, slots, width) without offsets, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (batch, {self.num_experts}, slots, width) without offsets, got {tuple(x.shape)}"
+            )
         if parallel is None and not shared:
             return torch.stack(self._same_width([self._call(i, part) for i, part in enumerate(x.unbind(dim=1))]), dim=1)
         b, e, n, _ = x.shape
@@ -88,7 +91,9 @@ class Experts(nn.Module):
         return rearrange(y, "(e b n) d -> b e n d", b=b, e=e, n=n)
 
     def shard(self, parallel: ExpertParallel) -> None:
-        """Keep only the experts that this rank computes, under their numbers; the others become None. Called by `shard_experts`."""
+        """Keep only the experts that this rank computes, under their numbers; the others become None. Called by
+        `shard_experts`.
+        """
         for number in range(self.num_experts):
             if number not in parallel.experts:
                 self.experts.add_module(str(number), None)
@@ -96,7 +101,9 @@ class Experts(nn.Module):
         self.is_distributed = True
 
     def layout(self, routing: Routing) -> Layout:
-        """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at data, in slots."""
+        """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at
+        data, in slots.
+        """
         in_rows = self.parallel is not None or self.is_distributed
         in_rows = in_rows or (not is_batched() and (not is_blind(routing.indices) or are_alike(self.experts)))
         return routing.rows() if in_rows else routing.buffers(filled=True)
@@ -116,12 +123,16 @@ class Experts(nn.Module):
         is_distributed = self.is_distributed if is_distributed is None else is_distributed
         if self.parallel is not None:
             if not is_distributed:
-                raise ValueError("is_distributed must not be False for sharded experts: this rank holds only some of them")
+                raise ValueError(
+                    "is_distributed must not be False for sharded experts: this rank holds only some of them"
+                )
             refuse_data_parallel(self.experts, self.parallel.channel)
             return self.parallel
         if not is_distributed:
             return None
-        return ExpertParallel(self.channel, Placement(self.num_experts, self.channel.size), self.strategy, sharded=False)
+        return ExpertParallel(
+            self.channel, Placement(self.num_experts, self.channel.size), self.strategy, sharded=False
+        )
 
     def _check_rows(self, x: Tensor, offsets: Tensor) -> None:
         if x.ndim != 2:
@@ -143,32 +154,39 @@ class Experts(nn.Module):
             y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, self._run_placed).unsqueeze(0)]
         return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
 
-    def _run_placed(self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]) -> list[Tensor]:
+    def _run_placed(
+        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
+    ) -> list[Tensor]:
         """`_run` or, where products are shared, the same by those of all experts that are placed here."""
         placed = SharedProducts(self.experts[number] for number in numbers)
         if not (may_share_products(blocks[0]) and are_alike(placed)):
             return self._run(numbers, blocks, parameters)
         sizes = [block.shape[1] for block in blocks]
         offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)
-        own = {f"{numbers.index(number)}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
+        places = {number: place for place, number in enumerate(numbers)}
+        own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
         y = functional_call(placed, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
         return list(y.unsqueeze(0).split(sizes, dim=1))
 
     def _run(
-        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]] | None = None
+        self,
+        numbers: Sequence[int],
+        blocks: Sequence[Tensor],
+        parameters: Mapping[int, dict[str, Tensor]] | None = None,
     ) -> list[Tensor]:
         """Each expert on its rows (1 t d), with other parameters in place of its own if given -> its results (1 t d').
 
-        An expert without rows runs too, so that its parameters get a gradient, of zero, in every step; one that cannot is passed over, with
-        the same gradients. Where nothing needs gradients, an expert without rows runs only if none has any, but for those with hooks:
-        FSDP's wait for the other ranks.
+        An expert without rows runs too, so that its parameters get a gradient, of zero, in every step; one that cannot
+        is passed over, with the same gradients. Where nothing needs gradients, an expert without rows runs only if none
+        has any, but for those with hooks: FSDP's wait for the other ranks.
         """
         results: dict[int, Tensor] = {}
         refusals: list[Exception] = []
         has_work = any(block.shape[1] > 0 for block in blocks)
         for number, block in zip(numbers, blocks, strict=True):
             is_idle = block.shape[1] == 0
-            if is_idle and (results or has_work) and not torch.is_grad_enabled() and not has_hooks(self.experts[number]):
+            may_wait = is_idle and (results or has_work) and not torch.is_grad_enabled()
+            if may_wait and not has_hooks(self.experts[number]):
                 continue
             try:
                 results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
@@ -180,8 +198,9 @@ class Experts(nn.Module):
                 if not is_idle:
                     raise
         if not results:
+            why = "since nothing else tells the width of their results"
             raise RuntimeError(
-                "experts must be able to run on no tokens where none of them has any, since nothing else tells the width of their results"
+                f"experts must be able to run on no tokens where none of them has any, {why}"
             ) from refusals[0]
         some = next(iter(results.values()))
         nothing = some.new_empty(1, 0, some.shape[-1])
@@ -198,7 +217,9 @@ class Experts(nn.Module):
         y = expert(block) if parameters is None else functional_call(expert, parameters, block)
         if not isinstance(y, Tensor) or y.shape[:-1] != block.shape[:-1]:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"expert {number} must map tokens {tuple(block.shape)} to one tensor of shape (b, n, width), got {got}")
+            raise ValueError(
+                f"expert {number} must map tokens {tuple(block.shape)} to one tensor of shape (b, n, width), got {got}"
+            )
         return y
 
     @staticmethod
@@ -210,7 +231,9 @@ class Experts(nn.Module):
 
 
 def may_share_products(t: Tensor) -> bool:
-    """Whether experts that are alike run through shared products: everywhere but in eager mode on CPU, where a loop is as fast."""
+    """Whether experts that are alike run through shared products: everywhere but in eager mode on CPU, where a loop is
+    as fast.
+    """
     return t.device.type != "cpu" or is_blind(t)
 
 
@@ -219,25 +242,33 @@ PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
 def are_alike(experts: nn.ModuleList) -> bool:
-    """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into them."""
+    """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into
+    them.
+    """
     first, *others = (looks(expert) for expert in experts)
     return first is not None and type(experts[0]) is Expert and all(other == first for other in others)
 
 
 def looks(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every forward."""
+    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every
+    forward.
+    """
     children, parameters = contents(module)
     if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
         return None
     own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
     parts = [(name, looks(child)) for name, child in children.items()]
-    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(part is None for _, part in parts):
+    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(
+        part is None for _, part in parts
+    ):
         return None
     return type(module), module.training, getattr(module, "p", None), own, parts
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Rows (t d) -> (t d') by experts that are alike. gamma and mult_bias scale the columns of the matrix that comes after them."""
+    """Rows (t d) -> (t d') by experts that are alike. gamma and mult_bias scale the columns of the matrix that comes
+    after them.
+    """
     layers: list[tuple[Any, ...]] = list(zip(*(expert.net for expert in experts), strict=True))
     norms = layers.pop(0) if isinstance(layers[0][0], RMSNorm) else ()
     up, gelus, *dropouts, down = layers
@@ -247,7 +278,9 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
     elif rows.dtype != up[0].weight.dtype:
-        raise ValueError(f"x must have the dtype of the experts, {up[0].weight.dtype}, or run under autocast, got {rows.dtype}")
+        raise ValueError(
+            f"x must have the dtype of the experts, {up[0].weight.dtype}, or run under autocast, got {rows.dtype}"
+        )
     hidden = gated_gelu(grouped_linear(rows, *_parameters(up), [norm.gamma for norm in norms], offsets))
     for dropout in dropouts:
         hidden = dropout[0](hidden)

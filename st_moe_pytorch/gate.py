@@ -1,8 +1,10 @@
-"""What a router is to the rest of the library: tokens are projected to logits once for all of them, and then one decides."""
+"""What a router is to the rest of the library: tokens are projected to logits once for all of them, and then one
+decides.
+"""
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -31,7 +33,9 @@ def tell(decider: nn.Module, routing: Routing) -> Routing:
 
 
 REPLAYS: list[Callable[[nn.Module, Tensor, Tensor | None], Choices | None]] = []
-"""Who may have recorded what routers are to choose. In all threads, since backward passes run layers again in threads of their own."""
+"""Who may have recorded what routers are to choose. In all threads, since backward passes run layers again in threads
+of their own.
+"""
 
 
 def replayed(decider: nn.Module, x: Tensor, mask: Tensor | None) -> Choices | None:
@@ -43,7 +47,9 @@ def replayed(decider: nn.Module, x: Tensor, mask: Tensor | None) -> Choices | No
 
 
 class RouterLinear(nn.Linear):
-    """Linear without bias from tokens (... d) of any dtype to logits (... e), in float32 or, for float64 tokens, in float64."""
+    """Linear without bias from tokens (... d) of any dtype to logits (... e), in float32 or, for float64 tokens, in
+    float64.
+    """
 
     def __init__(self, dim: int, num_gates: int) -> None:
         super().__init__(dim, num_gates, bias=False)
@@ -74,17 +80,21 @@ class Routed(nn.Module, Generic[R]):
 
 
 class Gate(Routed[DenseRouting]):
-    """The router of an `MoE` layer. A subclass says in `decide` what happens to a batch of logits; the rest is here, for all of them.
+    """The router of an `MoE` layer. A subclass says in `decide` what happens to a batch of logits; the rest is here,
+    for all of them.
 
     dim, num_gates: width of a token and number of experts.
-    group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to heed.
-    jitter: in training, what the router looks at is multiplied by uniform numbers in [1 - jitter, 1 + jitter] (ST-MoE, section 3.2).
+    group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to
+        heed.
+    jitter: in training, what the router looks at is multiplied by uniform numbers in [1 - jitter, 1 + jitter] (ST-MoE,
+        section 3.2).
 
-    Subclasses that have a capacity set ``capacity_factor_train``, ``capacity_factor_eval`` and ``min_expert_capacity``, as
-    those of `TopNGating`, and ask `capacity`.
+    Subclasses that have a capacity set ``capacity_factor_train``, ``capacity_factor_eval`` and ``min_expert_capacity``,
+    as those of `TopNGating`, and ask `capacity`.
 
-    `MoE` calls `route`: assign or override it to replace or record decisions. `forward` gives them as dense tensors, as 0.1.8 did; where
-    it is overridden or hooked, those tensors decide, at a cost that is quadratic in the number of tokens.
+    `MoE` calls `route`: assign or override it to replace or record decisions. `forward` gives them as dense tensors, as
+    0.1.8 did; where it is overridden or hooked, those tensors decide, at a cost that is quadratic in the number of
+    tokens.
     """
 
     capacity_factor_train: float | None = None
@@ -109,13 +119,17 @@ class Gate(Routed[DenseRouting]):
         noised: Tensor | None = None,
         choices: Choices | None = None,
     ) -> Routing:
-        """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will do.
+        """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will
+        do.
 
-        mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
-        noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
-        choices: what to choose, with weights by these logits. A gate that does not take this argument cannot be replayed.
+        mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for
+        routers that draw. noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
+        choices: what to choose, with weights by these logits. A gate that does not take this argument cannot be
+            replayed.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None, noised=None) -> Routing")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None, noised=None) -> Routing"
+        )
 
     def route(
         self,
@@ -130,16 +144,18 @@ class Gate(Routed[DenseRouting]):
     ) -> Routing:
         """Decide where the tokens x (b n d) go, in float32 or, for float64 tokens, in float64, whatever autocast says.
 
-        noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the clean ones.
-        mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
-        route_by (b n d) is what the router looks at instead of x, such as word embeddings.
-        draws (b n k), or by group, are uniform numbers in [0, 1) for routers that draw, instead of fresh ones.
-        choices, as of `Routing.choices`, are taken instead of deciding, and weighted by the logits of x.
+        noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the
+        clean ones. mask (b n) is True for real tokens: padding asks for nothing and counts in no loss. route_by (b n d)
+        is what the router looks at instead of x, such as word embeddings. draws (b n k), or by group, are uniform
+        numbers in [0, 1) for routers that draw, instead of fresh ones. choices, as of `Routing.choices`, are taken
+        instead of deciding, and weighted by the logits of x.
         """
         check_noise(noise_gates, noise_mult)
         check_tokens(x, self.dim, mask, route_by)
         if x.ndim != 3:
-            raise ValueError(f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes")
+            raise ValueError(
+                f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes"
+            )
         if choices is None:
             choices = replayed(self, x, mask)
         given: dict[str, Any] = {} if choices is None else {"choices": choices}
@@ -183,7 +199,9 @@ class Gate(Routed[DenseRouting]):
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
-        """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow does, by a divisor."""
+        """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow
+        does, by a divisor.
+        """
         check_counts(group_size=self.group_size)
         if self.group_size is None:
             return b, n
@@ -193,7 +211,8 @@ class Gate(Routed[DenseRouting]):
         size = b * n // groups
         if groups > 1 and 2 * size < self.group_size and not torch.compiler.is_compiling():
             warnings.warn(
-                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups have {size} tokens. "
+                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups "
+                f"have {size} tokens. "
                 "Choose batch and sequence lengths whose product has a divisor near group_size",
                 stacklevel=4,
             )
@@ -201,7 +220,19 @@ class Gate(Routed[DenseRouting]):
 
 
 def is_dense(gate: nn.Module) -> bool:
-    """Whether a gate decides by the dense tensors of its forward: it is hooked, or has another forward than `Gate`, or has no ``route``."""
+    """Whether a gate decides by the dense tensors of its forward: it is hooked, or has another forward than `Gate`, or
+    has no ``route``.
+    """
     if not hasattr(gate, "route") or has_hooks(gate):
         return True
     return isinstance(gate, Gate) and is_overridden(gate, Gate)
+
+
+def refuse_misfit(gate: nn.Module, dim: int, num_experts: int, ignored: Sequence[str]) -> None:
+    """Raise ValueError if a gate is of another size than a layer, or if settings of the layer would be ignored."""
+    if ignored:
+        names = ", ".join(ignored).replace("top_n", "gating_top_n")
+        raise ValueError(f"{names} must be set on the gate where gate= is given, since it decides all of routing")
+    for name, needed in (("dim", dim), ("num_gates", num_experts)):
+        if (got := getattr(gate, name, needed)) != needed:
+            raise ValueError(f"gate.{name} must be {needed} in MoE(dim={dim}, num_experts={num_experts}), got {got}")

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.checks import can_be_looked_at, check_counts, check_draws, check_one_of, check_positive, refuse_old_pickle, typechecked
+from st_moe_pytorch.checks import (
+    check_counts,
+    check_draws,
+    check_one_of,
+    check_positive,
+    check_thresholds,
+    refuse_old_pickle,
+    typechecked,
+)
 from st_moe_pytorch.gate import Gate
 from st_moe_pytorch.losses import balance_loss, router_z_loss
 from st_moe_pytorch.routing import Choices, Routing, assign_slots
@@ -25,12 +33,14 @@ else:
 
 
 class TopNGating(Gate):
-    """Top-n gating of ST-MoE (Zoph et al. 2022, section 2) with the routing rules of Google's Mesh-TensorFlow implementation.
+    """Top-n gating of ST-MoE (Zoph et al. 2022, section 2) with the routing rules of Google's Mesh-TensorFlow
+    implementation.
 
     1. logits = to_gates(x), probabilities = softmax(logits), in float32 whatever the dtype of x (float64 for float64)
-    2. each token chooses its ``top_n`` most probable experts, ties to the lowest index; its gates are those probabilities over their sum
+    2. each token chooses its ``top_n`` most probable experts, ties to the lowest index; its gates are those
+       probabilities over their sum
     3. a policy says which choices after the first are asked for
-    4. what is asked for queues for the expert's slots: first choices first, then in order of ``priority``; beyond capacity it is dropped
+    4. what is asked for queues for the expert's slots, in order of ``priority``; beyond capacity it is dropped
     5. in training, the balance loss and the router z-loss are computed from all real tokens, routed or not
 
     Arguments:
@@ -38,26 +48,29 @@ class TopNGating(Gate):
         eps: added to the sum that gates are divided by; lower bound of a threshold.
         top_n: choices of a token. 1 is Switch routing: the gate is the raw probability.
         threshold_train, threshold_eval: threshold in [0, 1] for choices after the first, one for all or one each.
-        capacity_factor_train, capacity_factor_eval: slots of an expert, as a multiple of tokens / experts. None drops nothing.
-        straight_through_dispatch_tensor: dispatched tokens carry a gradient to their gate, as if they were scaled by it.
+        capacity_factor_train, capacity_factor_eval: slots of an expert, times tokens / experts. None drops nothing.
+        straight_through_dispatch_tensor: dispatched tokens carry a gradient to their gate, as if it scaled them.
         differentiable_topk: gates are the selections of coordinate descent (CoLT5, Ainslie et al. 2023).
         differentiable_topk_fused: recompute its iterates in the backward pass instead of keeping them.
-        policy_train, policy_eval: "all" asks for every choice, "none" for the first only, "threshold" for gates above the threshold,
-            "random" for a gate g with probability g / threshold.
+        policy_train, policy_eval: "all" asks for every choice, "none" for the first only, "threshold" for gates above
+            the threshold, "random" for a gate g with probability g / threshold.
         min_expert_capacity: least number of slots of an expert in a group.
         group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group.
-        priority: "position" serves all first choices in token order, then all second ones, and so on, as the paper does. "token" serves
-            all choices of a token before those of the next one, so that no output depends on later tokens: for autoregressive training.
-            "gate" serves the most certain tokens first (batch-prioritised routing, Riquelme et al. 2021), which is not causal.
+        priority: "position" serves all first choices in token order, then all second ones, and so on, as the paper
+            does. "token" serves all choices of a token before those of the next one, so that no output depends on later
+            tokens: for autoregressive training. "gate" serves the most certain tokens first (batch-prioritised routing,
+            Riquelme et al. 2021), which is not causal.
         second_place_loss: add half the balance loss of the second choices, as Mesh-TensorFlow's top-2 gating can.
-        score: "softmax" of the logits or, for each expert by itself, "sigmoid" (DeepSeek-V3, 2024), which the balance loss divides by its
-            sum over experts.
-        normalize_gates: divide gates by their sum for top_n > 1. Without, they are the scores, as of OLMoE and Qwen2-MoE.
-        balance_bias: choose experts by score + ``bias``, with gates from the score alone (Wang et al. 2024). bias (e) is a buffer of zeros
-            that no forward changes; `LossFreeBalance` does.
+        score: "softmax" of the logits or, for each expert by itself, "sigmoid" (DeepSeek-V3, 2024), which the balance
+            loss divides by its sum over experts.
+        normalize_gates: divide gates by their sum for top_n > 1. Without, they are the scores, as of OLMoE and
+            Qwen2-MoE.
+        balance_bias: choose experts by score + ``bias``, with gates from the score alone (Wang et al. 2024). bias (e)
+            is a buffer of zeros that no forward changes; `LossFreeBalance` does.
         jitter: as in `Gate`.
 
-    Thresholds (as buffers ``[eps, t_1, ...]``), capacity factors and policies are read in every forward and may be assigned at any time.
+    Thresholds (as buffers ``[eps, t_1, ...]``), capacity factors and policies are read in every forward and may be
+    assigned at any time.
     """
 
     @typechecked
@@ -134,7 +147,7 @@ class TopNGating(Gate):
         noised: Tensor | None = None,
         choices: Choices | None = None,
     ) -> Routing:
-        """Where tokens with these logits (b n e) go. Arguments as of `Gate.decide`; the draws of first choices are ignored."""
+        """Where tokens with these logits (b n e) go. As of `Gate.decide`; the draws of first choices are ignored."""
         self._check_settings()
         b, n, e = logits.shape
         k = self.top_n
@@ -147,18 +160,20 @@ class TopNGating(Gate):
         if choices is None:
             best = self.topk(scores, k=k)
         else:
-            choices.check_fit((b, n, k), e, groups)
-            best = self.topk(scores, k=k, indices=choices.indices.long().view(*groups, k))
+            choices = choices.fitted((b, n, k), e, groups)
+            best = self.topk(scores, k=k, indices=choices.indices)
         gates = self._normalised(best)
         asked = self._asked(gates.detach(), real, draws)  # in a replay too, so that later draws are those of a free run
         if choices is None:
-            order = best.values[..., 0].argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
+            first, order = best.values[..., 0], None
+            if self.priority == "gate":
+                order = first.argsort(dim=1, descending=True, stable=True)
             slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
             capacity = self.capacity(groups[1])
             kept = asked & (slots < capacity)
         else:
-            asked = choices.asked.view(*groups, k) if real is None else choices.asked.view(*groups, k) & real.unsqueeze(-1)
-            slots, capacity = choices.slots.long().view(*groups, k), choices.capacity
+            asked, slots, capacity = choices.asked, choices.slots, choices.capacity
+            asked = asked if real is None else asked & real.unsqueeze(-1)
             kept = asked & (slots >= 0)
         balance, z = self._losses(clean, scores, best.indices, real)
         return Routing(
@@ -182,7 +197,7 @@ class TopNGating(Gate):
         return self.bias is not None
 
     def topk(self, values: Tensor, k: int, indices: Tensor | None = None) -> TopK:
-        """The k best of values (b n e) along the last axis, or those at indices (b n k), differentiable if the gate is."""
+        """The k best of values (b n e), or those at indices (b n k), differentiable if the gate is."""
         is_fused = self.differentiable_topk_fused
         return topk(values, k, self.bias, indices=indices, differentiable=self.differentiable_topk, fused=is_fused)
 
@@ -199,7 +214,7 @@ class TopNGating(Gate):
         """Which choices (b n k) the policy asks for: the first of every real token, and later ones by their gate."""
         policy = self.policy_train if self.training else self.policy_eval
         threshold = self.threshold_train if self.training else self.threshold_eval
-        self._check_thresholds(threshold)
+        check_thresholds(threshold, self.top_n, "threshold_train" if self.training else "threshold_eval")
         if policy == "threshold":
             asked = gates > threshold
         elif policy == "random" and self.top_n > 1:
@@ -231,32 +246,28 @@ class TopNGating(Gate):
         check_one_of(PRIORITIES, priority=self.priority)
         check_one_of(SCORES, score=self.score)
         if self.bias is not None and self.differentiable_topk:
-            raise ValueError("differentiable_topk must be False with balance_bias: coordinate descent chooses without a bias")
+            raise ValueError(
+                "differentiable_topk must be False with balance_bias: coordinate descent chooses without a bias"
+            )
         if self.top_n > self.num_gates:
-            raise ValueError(f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}")
+            raise ValueError(
+                f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}"
+            )
         if self.second_place_loss and self.top_n < 2:
             raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {self.top_n}")
-
-    def _check_thresholds(self, thresholds: Tensor) -> None:
-        name = "threshold_train" if self.training else "threshold_eval"
-        if thresholds.shape != (self.top_n,):
-            raise ValueError(f"{name} must hold a number for each of top_n={self.top_n} choices, got shape {tuple(thresholds.shape)}")
-        if can_be_looked_at(thresholds) and not all(0 <= t <= 1 for t in thresholds.tolist()):
-            raise ValueError(
-                f"{name} must lie in [0, 1], got {thresholds.tolist()}; where a loader left it without values, reset_parameters() sets "
-                "those that the gate was built with"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         refuse_old_pickle(self, state, "policy_train")
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        thresholds = {name: [round(t, 4) for t in getattr(self, f"threshold_{name}").tolist()[1:]] for name in ("train", "eval")}
+        train, evaluation = (
+            [round(t, 4) for t in ts.tolist()[1:]] for ts in (self.threshold_train, self.threshold_eval)
+        )
         settings = (
             f"top_n={self.top_n}",
             f"policies {self.policy_train!r} and {self.policy_eval!r}",
-            f"thresholds {thresholds['train']} and {thresholds['eval']}",
+            f"thresholds {train} and {evaluation}",
             f"capacity factors {self.capacity_factor_train} and {self.capacity_factor_eval} in training and evaluation",
         )
         others = {"min_expert_capacity": 4, "group_size": None, "priority": "position", "second_place_loss": False}
@@ -269,7 +280,9 @@ class TopNGating(Gate):
         """Numbers ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""
         later = tuple(given) if isinstance(given, Sequence) else (given,) * (self.top_n - 1)
         if len(later) != self.top_n - 1:
-            raise ValueError(f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}")
+            raise ValueError(
+                f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}"
+            )
         if not all(0 <= t <= 1 for t in later):
             raise ValueError(f"{name} must lie in [0, 1], got {given}")
         return [float(number) for number in (self.eps, *later)]

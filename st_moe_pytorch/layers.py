@@ -49,7 +49,8 @@ class RMSNorm(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020) with a multiplicative bias: halves x and gate of (..., 2d) -> ``gelu(gate) * x * mult_bias`` (..., d).
+    """Gated GELU (Shazeer 2020) with a multiplicative bias: halves x and gate of (..., 2d) -> ``gelu(gate) * x *
+    mult_bias`` (..., d).
 
     Of inputs that are not small, its backward keeps nothing else and computes the rest again, at no measurable time.
     """
@@ -80,7 +81,8 @@ class Expert(nn.Module):
     """GEGLU feed-forward (..., dim) -> (..., dim) with ``int(dim * hidden_mult * 2 / 3)`` hidden units.
 
     Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
-    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4); ``bias`` is that of the matrices.
+    ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4); ``bias`` is that of the
+    matrices.
     """
 
     @typechecked
@@ -139,7 +141,9 @@ def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
 
 
 @fused
-def _gradients_of_gated_gelu(grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool) -> tuple[Tensor, Tensor | None]:
+def _gradients_of_gated_gelu(
+    grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
+) -> tuple[Tensor, Tensor | None]:
     x, gate = z.chunk(2, dim=-1)
     dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
     dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if of_factor else None
@@ -192,8 +196,15 @@ def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[n
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
     # a function goes on calling what it was written for, where methods and partials are copied with their module
-    if assigned := [name or "itself" for name, module in ffn.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]:
-        raise ValueError(f"ffn must not have an assigned forward, which its copies would share with it, got one on {', '.join(assigned)}")
+    if assigned := [
+        name or "itself"
+        for name, module in ffn.named_modules()
+        if isinstance(vars(module).get("forward"), FunctionType)
+    ]:
+        raise ValueError(
+            "ffn must not have an assigned forward, which its copies would share with it, got one on "
+            f"{', '.join(assigned)}"
+        )
     copies = [deepcopy(ffn) for _ in range(num_experts)]
     if noise:
         with torch.no_grad():

@@ -1,10 +1,15 @@
-"""Where the copies of tokens stand that go to experts, and the two maps that follow it. Axes as in routing.py; N = b * n tokens.
+"""Where the copies of tokens stand that go to experts, and the two maps that follow it. Axes as in routing.py; N = b *
+n tokens.
 
-One table of indices serves both layouts. *Rows* are sorted by expert; *slots* are buffers (b e c), partly empty. Either way the number t
-of places is known without a look at data, and the last place belongs to nobody: what stands there is zero, from dispatch to combine, and
-choices that are not sent point to it. Rows between the end of the last expert's and the last one hold nothing that anyone may read.
+One table of indices serves both layouts. *Rows* are sorted by expert; *slots* are buffers (b e c), partly empty. Either
+way the number t
+of places is known without a look at data, and the last place belongs to nobody: what stands there is zero, from
+    dispatch to combine, and
+choices that are not sent point to it. Rows between the end of the last expert's and the last one hold nothing that
+anyone may read.
 
-Each map's adjoint is the other one, by gathering and never by adding into shared memory: results are the same bits in every run.
+Each map's adjoint is the other one, by gathering and never by adding into shared memory: results are the same bits in
+every run.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -60,9 +65,11 @@ def rows_layout(experts: Tensor, num_experts: int, most: int) -> Layout:
 
 
 def slots_layout(positions: Tensor, buffers: tuple[int, int, int], filled: bool = False) -> Layout:
-    """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c standing for one that is not sent.
+    """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c standing for one that is not
+    sent.
 
-    filled: empty slots get copies of a token that is sent, if any is, and not zeros, which some experts cannot work with.
+    filled: empty slots get copies of a token that is sent, if any is, and not zeros, which some experts cannot work
+        with.
     """
     (groups, experts, capacity), choices = buffers, positions.numel()
     nobody = positions.new_full((1,), choices)
@@ -84,13 +91,17 @@ def as_int(size: int) -> int:
 
 
 def _inverse(numbers: Tensor, size: int, missing: int) -> Tensor:
-    """(size): where in ``numbers`` each number below size stands, or ``missing``. The number ``size`` stands for none."""
+    """(size): where in ``numbers`` each number below size stands, or ``missing``. The number ``size`` stands for
+    none.
+    """
     places = torch.arange(numbers.shape[0], device=numbers.device)
     return numbers.new_full((size + 1,), missing).scatter(0, numbers, places)[:-1]
 
 
 def gather(x: Tensor, layout: Layout) -> Tensor:
-    """Tokens x (N d) -> rows (t d), the last one zero. Adjoint: each token sums the gradients of its rows, in order of choices."""
+    """Tokens x (N d) -> rows (t d), the last one zero. Adjoint: each token sums the gradients of its rows, in order of
+    choices.
+    """
     rows = _gather(x, layout.tokens, layout.choices, layout.places)
     return rows if layout.empty is None else rows.masked_fill(layout.empty.unsqueeze(-1), 0.0)
 
@@ -101,7 +112,9 @@ def straight_through(rows: Tensor, gates: Tensor, layout: Layout) -> Tensor:
 
 
 def weighted_sum(y: Tensor, gates: Tensor, layout: Layout) -> Tensor:
-    """Rows y (t d') and gates (N k) -> tokens (N d') in their wider dtype: the rows of each token's choices, times their gates, summed."""
+    """Rows y (t d') and gates (N k) -> tokens (N d') in their wider dtype: the rows of each token's choices, times
+    their gates, summed.
+    """
     return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places)
 
 
@@ -171,7 +184,9 @@ MOST_UNROLLED = 16  # choices of a token
 
 @fused
 def _sum_each(y: Tensor, gates: Tensor, places: Tensor) -> Tensor:
-    """Sums (N d) in float32 or more, choice after choice: where memory is what takes time, in one kernel that reads each row once."""
+    """Sums (N d) in float32 or more, choice after choice: where memory is what takes time, in one kernel that reads
+    each row once.
+    """
     wide = torch.promote_types(torch.promote_types(y.dtype, gates.dtype), torch.float32)
     total = torch.zeros(places.shape[0], y.shape[1], dtype=wide, device=y.device)
     for j in range(places.shape[1]):
@@ -213,7 +228,11 @@ class _SumChoices(Function):
             dy, dgates = _sum_gradients(grad, y, gates, tokens, choices)
             return dy, _at_places(dgates, places) if ctx.needs_input_grad[1] else None, None, None, None
         rows = _gather(grad, tokens, choices, places)
-        dgates = _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype) if ctx.needs_input_grad[1] else None
+        dgates = (
+            _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         times = torch.mul if may_be_derived(grad, y, gates) else Tensor.mul_
         return times(rows, _at_choices(gates, choices)).to(y.dtype), dgates, None, None, None
 

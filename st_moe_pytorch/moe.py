@@ -1,4 +1,6 @@
-"""The sparse layer and the block that puts dense feed-forwards around it. Axes: b batch, n tokens, d width, e experts, c slots, t rows."""
+"""The sparse layer and the block that puts dense feed-forwards around it. Axes: b batch, n tokens, d width, e experts,
+c slots, t rows.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -12,14 +14,16 @@ from torch import Tensor, nn
 from st_moe_pytorch.checks import check_counts, check_finite, check_noise, check_tokens, is_overridden, typechecked
 from st_moe_pytorch.compat import name_exported_tuple
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.gate import Gate, Routed, is_dense, replayed, tell
+from st_moe_pytorch.gate import Gate, Routed, is_dense, refuse_misfit, replayed, tell
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import Expert, RMSNorm, dense_copies
 from st_moe_pytorch.routing import Choices, DenseRouting, Routing, without_autocast
 
 
 class MixtureOfExpertsReturn(NamedTuple):
-    """Outputs of x's shape and dtype, and three 0-d losses: total is the weighted sum of the other two. All are 0 in evaluation."""
+    """Outputs of x's shape and dtype, and three 0-d losses: total is the weighted sum of the other two. All are 0 in
+    evaluation.
+    """
 
     outputs: Tensor
     total_aux_loss: Tensor
@@ -41,15 +45,17 @@ class MoE(Routed[MixtureOfExpertsReturn]):
     Arguments:
         dim, num_experts: width of a token and number of experts.
         expert_hidden_mult: hidden width of the default experts, as in `Expert`.
-        threshold_train to gating_top_n, straight_through_dispatch_tensor to differentiable_topk_fused: as in `TopNGating`.
+        threshold_train to gating_top_n, straight_through_dispatch_tensor to differentiable_topk_fused: as in
+            `TopNGating`.
         balance_loss_coef, router_z_loss_coef: weights of the two losses in the total.
         experts: the experts, as modules (1, t, dim) -> (1, t, d') or as built `Experts`, instead of default ones.
         is_distributed, allow_var_seq_len: as in `Experts`.
         gate: a built `Gate`, or any module with its ``route``, which then decides all that concerns routing.
-        shared_expert: a module (b, n, dim) -> (b, n, d') whose results are added for every real token (DeepSeekMoE, Dai et al. 2024).
+        shared_expert: a module (b, n, dim) -> (b, n, d') whose results are added for every real token (DeepSeekMoE, Dai
+            et al. 2024).
 
-    ``experts`` may be replaced by any module that maps slots (b e c d) to (b e c d'). A gate with hooks or with another ``forward`` than
-    `Gate`'s is called, and its dense tensors decide, at quadratic cost.
+    ``experts`` may be replaced by any module that maps slots (b e c d) to (b e c d'). A gate with hooks or with another
+    ``forward`` than `Gate`'s is called, and its dense tensors decide, at quadratic cost.
     """
 
     @typechecked
@@ -94,12 +100,11 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         }
         if gate is None:
             gate = TopNGating(dim, num_experts, **gating)
-        elif ignored := [name for name, value in gating.items() if value != signature(TopNGating).parameters[name].default]:
-            names = ", ".join(ignored).replace("top_n", "gating_top_n")
-            raise ValueError(f"{names} must be set on the gate where gate= is given, since it decides all that concerns routing")
-        for name, needed in (("dim", dim), ("num_gates", num_experts)):
-            if (got := getattr(gate, name, needed)) != needed:
-                raise ValueError(f"gate.{name} must be {needed} in MoE(dim={dim}, num_experts={num_experts}), got {got}")
+        else:
+            usual = signature(TopNGating).parameters
+            refuse_misfit(
+                gate, dim, num_experts, [name for name, value in gating.items() if value != usual[name].default]
+            )
         self.gate: Gate = gate  # pyright: ignore[reportAttributeAccessIssue] - or a module with its route
         if experts is None:
             experts = [Expert(dim, expert_hidden_mult) for _ in range(num_experts)]
@@ -121,18 +126,23 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         gate: nn.Module | None = None,
         **arguments: Any,
     ) -> "MoE":
-        """Sparse upcycling (Komatsuzaki et al. 2022): a layer whose experts start as copies of a trained feed-forward (..., dim).
+        """Sparse upcycling (Komatsuzaki et al. 2022): a layer whose experts start as copies of a trained feed-forward
+        (..., dim).
 
-        By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by computing what ffn does.
-        Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise``, the standard
-        deviation of what is added to every parameter of every copy, as a multiple of the parameter's own.
-        Other arguments as of `MoE` and of `TopNGating`.
+        By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by
+        computing what ffn does. Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change
+        that; so does ``noise``, the standard deviation of what is added to every parameter of every copy, as a multiple
+        of the parameter's own. Other arguments as of `MoE` and of `TopNGating`.
         """
         if gate is None:
             names = signature(TopNGating).parameters
             # eps so small that gates sum to 1 in float64 too
             settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
-            settings |= {"capacity_factor_train": None, "capacity_factor_eval": None, "top_n": arguments.pop("gating_top_n", 2)}
+            settings |= {
+                "capacity_factor_train": None,
+                "capacity_factor_eval": None,
+                "top_n": arguments.pop("gating_top_n", 2),
+            }
             settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
             gate = TopNGating(dim, num_experts, **settings)
         return cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), gate=gate, **arguments)
@@ -160,7 +170,9 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         check_tokens(x, self.dim, mask, route_by, draws)
         shape = x.shape
         x = _grouped(x, len(shape))
-        given: dict[str, Any] = {name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()}
+        given: dict[str, Any] = {
+            name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()
+        }
         if is_dense(self.gate):
             decision = self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given)
             outputs, balance, z = self._by_dense_tensors(x, given.get("mask"), decision)
@@ -171,7 +183,9 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         if self.shared_expert is not None:
             outputs = outputs + self._shared(x, given.get("mask"), outputs.shape)
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
-        return MixtureOfExpertsReturn(outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z)
+        return MixtureOfExpertsReturn(
+            outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z
+        )
 
     def extra_repr(self) -> str:
         losses = f"balance_loss_coef={self.balance_loss_coef}, router_z_loss_coef={self.router_z_loss_coef}"
@@ -182,7 +196,11 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         is_foreign = not isinstance(self.experts, Experts) or is_overridden(self.experts, Experts)
         layout = routing.buffers() if is_foreign else self.experts.layout(routing)
         rows = routing.dispatch(x, layout)
-        y = self.experts(rows, layout.offsets) if layout.buffers is None else layout.join(self.experts(layout.split(rows)))
+        y = (
+            self.experts(rows, layout.offsets)
+            if layout.buffers is None
+            else layout.join(self.experts(layout.split(rows)))
+        )
         return routing.combine(y, layout)
 
     def _shared(self, x: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
@@ -191,14 +209,21 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         padding = None if mask is None else ~mask.unsqueeze(-1)
         y = self.shared_expert(x if padding is None else x.masked_fill(padding, 0.0))
         if y.shape != shape:
-            raise ValueError(f"shared_expert must return the shape of the experts' results, {tuple(shape)}, got {tuple(y.shape)}")
+            raise ValueError(
+                f"shared_expert must return the shape of the experts' results, {tuple(shape)}, got {tuple(y.shape)}"
+            )
         return y if padding is None else y.masked_fill(padding, 0.0)
 
-    def _by_dense_tensors(self, x: Tensor, mask: Tensor | None, decision: DenseRouting) -> tuple[Tensor, Tensor, Tensor]:
-        """(b n d) -> (b n d') by the tensors of a gate that was overridden: the definition of the layer, and quadratic in n."""
+    def _by_dense_tensors(
+        self, x: Tensor, mask: Tensor | None, decision: DenseRouting
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(b n d) -> (b n d') by the tensors of a gate that was overridden: the definition of the layer, and quadratic
+        in n.
+        """
         if not torch.compiler.is_compiling():
             warnings.warn(
-                "the gate's forward is overridden or hooked, so routing goes through its dense tensors, at a cost quadratic in the number "
+                "the gate's forward is overridden or hooked, so routing goes through its dense tensors, at a "
+                "cost quadratic in the number "
                 "of tokens; assign or wrap gate.route instead to keep it linear",
                 stacklevel=3,
             )
@@ -216,9 +241,11 @@ class MoE(Routed[MixtureOfExpertsReturn]):
 
 
 class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
-    """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help (appendix C).
+    """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help
+    (appendix C).
 
-    ``x = ff_before(x) + x;  x = moe(norm(x)) + x;  x = ff_after(x) + x``, where the feed-forwards normalise their own input.
+    ``x = ff_before(x) + x;  x = moe(norm(x)) + x;  x = ff_after(x) + x``, where the feed-forwards normalise their own
+    input.
     """
 
     @typechecked
@@ -248,7 +275,8 @@ class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
         routed, *losses = self.moe(self.moe_prenorm(x), noise_gates, noise_mult, **given)
         if routed.shape != x.shape:
             raise ValueError(
-                f"experts must keep the width of {x.shape[-1]} in a block, which adds their output to x, got {routed.shape[-1]}"
+                f"experts must keep the width of {x.shape[-1]} in a block, which adds their output to x, got "
+                f"{routed.shape[-1]}"
             )
         x = routed + x
         if self.ff_after is not None:
@@ -257,7 +285,9 @@ class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
 
 
 def _grouped(t: Tensor, ndim: int) -> Tensor:
-    """Bring (n ...) to (1 n ...) and (b ... ...) to (b n ...), where the tokens have ``ndim`` axes, the last of them features."""
+    """Bring (n ...) to (1 n ...) and (b ... ...) to (b n ...), where the tokens have ``ndim`` axes, the last of them
+    features.
+    """
     return t.unsqueeze(0) if ndim == 2 else t.flatten(1, ndim - 2)
 
 

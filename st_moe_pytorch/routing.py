@@ -28,9 +28,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int = 4) -> int:
-    """Slots of an expert for a group of that many tokens: ``max(min(tokens, int(tokens * factor / num_experts)), min_capacity)``.
+    """Slots of an expert for a group of that many tokens: ``max(min(tokens, int(tokens * factor / num_experts)),
+    min_capacity)``.
 
-    Without a factor nothing is dropped: every token of the group would fit. ``tokens`` counts padding, so that shapes stay static.
+    Without a factor nothing is dropped: every token of the group would fit. ``tokens`` counts padding, so that shapes
+    stay static.
     """
     check_positive(capacity_factor=factor)
     tokens = as_int(tokens)
@@ -40,8 +42,11 @@ def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_cap
     return torch.sym_max(torch.sym_min(tokens, share), min_capacity)  # pyright: ignore[reportReturnType]
 
 
-def assign_slots(indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None, by_token: bool = False) -> Tensor:
-    """Place of every choice (b n k) in its expert's queue: all first choices in token order, then all second ones, and so on.
+def assign_slots(
+    indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None, by_token: bool = False
+) -> Tensor:
+    """Place of every choice (b n k) in its expert's queue: all first choices in token order, then all second ones, and
+    so on.
 
     Only choices that are asked for queue up; the others get a meaningless number. ``order`` (b n) lists the tokens of a
     group in another order of service. With ``by_token``, all choices of a token come before those of the next one.
@@ -60,7 +65,9 @@ def assign_slots(indices: Tensor, asked: Tensor, num_experts: int, order: Tensor
 
 
 class DenseRouting(NamedTuple):
-    """Routing as two dense tensors (b n e c), whose size is quadratic in n, and the losses: what a gate's ``forward`` returns."""
+    """Routing as two dense tensors (b n e c), whose size is quadratic in n, and the losses: what a gate's ``forward``
+    returns.
+    """
 
     dispatch_tensor: Tensor
     combine_tensor: Tensor
@@ -83,12 +90,22 @@ class Choices(NamedTuple):
     num_experts: int
     groups: tuple[int, int]
 
-    def check_fit(self, shape: tuple[int, int, int], num_experts: int, groups: tuple[int, int], name: str = "choices") -> None:
-        """Raise ValueError unless these are choices of that shape (b n k), among so many experts, by tokens in such groups."""
+    def check_fit(
+        self, shape: tuple[int, int, int], num_experts: int, groups: tuple[int, int], name: str = "choices"
+    ) -> None:
+        """Raise ValueError unless these are choices of that shape (b n k), among so many experts, by tokens in such
+        groups.
+        """
         if (shape, num_experts, groups) != (tuple(self.indices.shape), self.num_experts, tuple(self.groups)):
             wanted = f"shape (b n k) = {shape} among {num_experts} experts in groups {groups}"
             got = f"{tuple(self.indices.shape)} among {self.num_experts} in {tuple(self.groups)}"
             raise ValueError(f"{name} must have {wanted}, got {got}")
+
+    def fitted(self, shape: tuple[int, int, int], num_experts: int, groups: tuple[int, int]) -> "Choices":
+        """These choices by groups and in int64, as a gate needs them. Raises as `check_fit`."""
+        self.check_fit(shape, num_experts, groups)
+        indices, slots, asked = (t.view(*groups, shape[-1]) for t in (self.indices, self.slots, self.asked))
+        return self._replace(indices=indices.long(), slots=slots.long(), asked=asked)
 
 
 class Routing(NamedTuple):
@@ -148,7 +165,9 @@ class Routing(NamedTuple):
         return rows_layout(experts.flatten(0, 1), self.num_experts, self._num_slots())
 
     def buffers(self, filled: bool = False) -> Layout:
-        """The kept choices in slots (b e c). Empty ones are zero or, if filled, hold copies of some token that is kept."""
+        """The kept choices in slots (b e c). Empty ones are zero or, if filled, hold copies of some token that is
+        kept.
+        """
         b, n, _ = self.indices.shape
         group = torch.arange(b * n, device=self.indices.device).view(b, n, 1) // max(self.groups[1], 1)
         positions = (group * self.num_experts + self.indices) * self.capacity + self.slots
@@ -156,10 +175,11 @@ class Routing(NamedTuple):
         return slots_layout(positions.flatten(0, 1), (self.groups[0], self.num_experts, self.capacity), filled)
 
     def dispatch(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        """Copy tokens x (b n d) to where their choices stand: into rows (t d) of a layout or, without one, into slots (b e c d).
+        """Copy tokens x (b n d) to where their choices stand: into rows (t d) of a layout or, without one, into slots
+        (b e c d).
 
-        Slots without a choice are zero, and so is the last row; other rows without one hold anything. With ``straight_through``, gates get
-        the gradient that they would if they scaled the copies.
+        Slots without a choice are zero, and so is the last row; other rows without one hold anything. With
+        ``straight_through``, gates get the gradient that they would if they scaled the copies.
         """
         if layout is None:
             layout = self.buffers()
@@ -168,7 +188,8 @@ class Routing(NamedTuple):
         return straight_through(rows, self.gates.flatten(0, 1), layout) if self.straight_through else rows
 
     def combine(self, y: Tensor, layout: Layout | None = None) -> Tensor:
-        """Sum experts' results y, weighted by the gates, back into tokens (b n d'), in the wider dtype of y and the gates.
+        """Sum experts' results y, weighted by the gates, back into tokens (b n d'), in the wider dtype of y and the
+        gates.
 
         y: rows (t d') of a layout, the last of them zero, or, without one, slots (b e c d').
         """
@@ -179,7 +200,8 @@ class Routing(NamedTuple):
         return weighted_sum(y, gates, layout).view(*self.indices.shape[:2], y.shape[-1])
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups. They define the layer and cost n^2:
+        """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups. They define the layer and
+        cost n^2:
 
         ``einsum(x, dispatch, "b n d, b n e c -> b e c d")``, then ``einsum(y, combine, "b e c d, b n e c -> b n d")``.
         """

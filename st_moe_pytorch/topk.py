@@ -13,7 +13,9 @@ from st_moe_pytorch.compat import is_transformed
 
 
 class TopK(NamedTuple):
-    """Best entries along the last axis: values and their indices (..., k), and the soft selection of each (None unless differentiable)."""
+    """Best entries along the last axis: values and their indices (..., k), and the soft selection of each (None unless
+    differentiable).
+    """
 
     values: Tensor
     indices: Tensor
@@ -21,7 +23,9 @@ class TopK(NamedTuple):
 
 
 def top_indices(values: Tensor, k: int) -> Tensor:
-    """Indices (..., k), int64, of the k largest of values (..., e), best first. Ties go to the lowest index, unlike in torch.topk."""
+    """Indices (..., k), int64, of the k largest of values (..., e), best first. Ties go to the lowest index, unlike in
+    torch.topk.
+    """
     left, indices = values.detach(), []
     for _ in range(k):
         indices.append(left.argmax(dim=-1, keepdim=True))
@@ -32,7 +36,8 @@ def top_indices(values: Tensor, k: int) -> Tensor:
 def coor_descent(scores: Tensor, k: float, n_iters: int = 20, eps: float = 0.1) -> Tensor:
     """Soft top-k by coordinate descent (CoLT5, Ainslie et al. 2023, section 3.1; Wright 2015).
 
-    Maximises ``<scores, s> + eps * entropy(s)`` over selections ``0 <= s <= 1`` that sum to k, by ``n_iters`` alternating exact
+    Maximises ``<scores, s> + eps * entropy(s)`` over selections ``0 <= s <= 1`` that sum to k, by ``n_iters``
+    alternating exact
     updates of the dual variables: ``a`` of the sum and ``b`` of the upper bounds.
 
     scores (..., e) -> selection (..., e), each close to 0 or 1 where the scores are further apart than eps.
@@ -55,11 +60,12 @@ def topk(
     fused: bool = True,
     ratio: float = 9 / 8,
 ) -> TopK:
-    """The k largest of values (..., e) along the last axis, ties to the lowest index; with a bias (e), those of which the sum is largest;
-    with indices (... k), the values of these instead.
+    """The k largest of values (..., e) along the last axis, ties to the lowest index; with a bias (e), those of which
+    the sum is largest; with indices (... k), the values of these instead.
 
-    With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * ratio, e)`` winners, and the values
-    carry its gradient straight through. ``fused`` recomputes its iterates in the backward pass instead of keeping all of them.
+    With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * ratio, e)`` winners,
+    and the values carry its gradient straight through. ``fused`` recomputes its iterates in the backward pass instead
+    of keeping all of them.
     """
     if indices is None:
         indices = top_indices(values if bias is None else values + bias.to(values.dtype), k)

@@ -1,4 +1,6 @@
-"""References that share no code with the package: golden numbers, the loop specification and a layer computed token by token."""
+"""References that share no code with the package: golden numbers, the loop specification and a layer computed token by
+token.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +19,9 @@ def golden_names(kind: str, *, experts_choose: bool = False) -> list[str]:
     """Cases of one kind ("gating" or "layer") of Mesh-TensorFlow, where tokens choose or experts do."""
     names = [path.stem for path in sorted((DATA / "golden").glob("*.npz"))]
     configs = {name: golden(name).config for name in names}
-    return [name for name, c in configs.items() if c.kind == kind and (c.gating == "expert_selection") is experts_choose]
+    return [
+        name for name, c in configs.items() if c.kind == kind and (c.gating == "expert_selection") is experts_choose
+    ]
 
 
 @cache
@@ -25,15 +29,22 @@ def golden(name: str) -> SimpleNamespace:
     """A golden case: its arrays as tensors, and ``config``."""
     with np.load(DATA / "golden" / f"{name}.npz") as arrays:
         config = SimpleNamespace(**json.loads(str(arrays["config"])))
-        return SimpleNamespace(config=config, **{key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "config"})
+        return SimpleNamespace(
+            config=config, **{key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "config"}
+        )
 
 
 def assignments(routing, group_shape: tuple[int, int] | None = None) -> list[list[list[tuple[int, int]]]]:
     """(expert, slot) of every kept choice, per group and token in order of rank, as the specification lists them."""
     groups, tokens = group_shape or routing.groups
-    indices, slots, kept = (t.reshape(groups, tokens, -1).tolist() for t in (routing.indices, routing.slots, routing.kept))
+    indices, slots, kept = (
+        t.reshape(groups, tokens, -1).tolist() for t in (routing.indices, routing.slots, routing.kept)
+    )
     return [
-        [[(e, s) for e, s, is_kept in zip(*choices, strict=True) if is_kept] for choices in zip(indices[g], slots[g], kept[g], strict=True)]
+        [
+            [(e, s) for e, s, is_kept in zip(*choices, strict=True) if is_kept]
+            for choices in zip(indices[g], slots[g], kept[g], strict=True)
+        ]
         for g in range(groups)
     ]
 
@@ -42,7 +53,11 @@ def layer_by_token(x: Tensor, routing, experts: Sequence[Callable[[Tensor], Tens
     """The layer's definition, ``out[n] = sum_k g_k * expert_{i_k}(x[n])`` over kept choices, one token at a time."""
     tokens = []
     for x_n, experts_n, gates_n, kept_n in zip(
-        x.flatten(0, 1), routing.indices.flatten(0, 1), routing.gates.flatten(0, 1), routing.kept.flatten(0, 1), strict=True
+        x.flatten(0, 1),
+        routing.indices.flatten(0, 1),
+        routing.gates.flatten(0, 1),
+        routing.kept.flatten(0, 1),
+        strict=True,
     ):
         total = torch.zeros_like(x_n)
         for expert, gate, kept in zip(experts_n.tolist(), gates_n, kept_n.tolist(), strict=True):
@@ -60,7 +75,9 @@ def gradients(output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor]) -> li
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-12, *, may_vanish: bool = False) -> None:
-    """Largest difference relative to the largest expected entry; the expected values must not be all tiny, or the test would be empty."""
+    """Largest difference relative to the largest expected entry; the expected values must not be all tiny, or the test
+    would be empty.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.isfinite().all()
     scale = expected.abs().max().item() if expected.numel() else 0.0

@@ -1,4 +1,5 @@
-"""Plant one fault at a time in a copy of the package and see a test turn red: ``python tests/planted_faults.py [name ...]``.
+"""Plant one fault at a time in a copy of the package and see a test turn red: ``python tests/planted_faults.py [name
+...]``.
 
 A fault that no test notices ends the script with exit code 1.
 """
@@ -21,6 +22,8 @@ class Fault(NamedTuple):
     wrong: str
     test: str
 
+
+REFUSED = "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank"
 
 FAULTS = [
     Fault(
@@ -48,7 +51,8 @@ FAULTS = [
         "later tokens are served first",
         "routing.py",
         "queues, request = queues.sort(dim=-1, stable=True)",
-        "request = queues.shape[-1] - 1 - queues.flip(-1).argsort(dim=-1, stable=True); queues = queues.gather(-1, request)",
+        "request = queues.shape[-1] - 1 - queues.flip(-1).argsort(dim=-1, stable=True); queues = "
+        "queues.gather(-1, request)",
         "test_golden.py::test_assignments_and_gates",
     ),
     Fault(
@@ -228,21 +232,21 @@ FAULTS = [
     ),
     Fault(
         "the loop leaves rows behind the last expert's unwritten",
-        "grouped.py",
+        "looped.py",
         "    drows[_end(offsets) :] = 0\n",
         "",
         "test_grouped.py::test_product_is_its_definition",
     ),
     Fault(
         "gradients of scales are those of scaled rows",
-        "grouped.py",
+        "looped.py",
         "torch.sum(drows[block] * rows[block], 0, out=dscales[j])",
         "torch.sum(drows[block] * _scaled(rows[block], scales, j), 0, out=dscales[j])",
         "test_grouped.py::test_product_is_its_definition",
     ),
     Fault(
         "a second derivative of the product forgets the scales",
-        "grouped.py",
+        "looped.py",
         "        drows, dweights = drows + more, dweights + more_weights\n",
         "",
         "test_grouped.py::test_derivatives_of_first_and_second_order",
@@ -334,7 +338,7 @@ FAULTS = [
     Fault(
         "equal certainty of many tokens is served in another order",
         "gating.py",
-        "order = best.values[..., 0].argsort(dim=1",
+        "order = first.argsort(dim=1",
         "order = (best.values[..., 0] - 1e-9 * (torch.arange(n) % 7)).argsort(dim=1",
         "test_gating.py::test_equal_certainty_of_many_tokens_is_served_in_order_of_position",
     ),
@@ -551,8 +555,8 @@ FAULTS = [
     Fault(
         "all experts are skipped where nobody has tokens and nothing needs gradients",
         "experts.py",
-        "if is_idle and (results or has_work) and not torch.is_grad_enabled()",
-        "if is_idle and not torch.is_grad_enabled()",
+        "may_wait = is_idle and (results or has_work) and not torch.is_grad_enabled()",
+        "may_wait = is_idle and not torch.is_grad_enabled()",
         "test_experts.py::test_without_gradients_idle_experts_run_only_with_hooks_or_if_all_are",
     ),
     Fault(
@@ -672,14 +676,14 @@ FAULTS = [
         "distributed/agreement.py",
         "return sum(crc32(name.encode()) * (len(ranks)",
         "return sum((len(ranks)",
-        "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank[2-as many frozen]",
+        f"{REFUSED}[2-as many frozen]",
     ),
     Fault(
         "copies that are frozen on their first rank pass",
         "distributed/agreement.py",
         "    if sum(claims):\n        raise",
         "    if sum(claims) > 0:\n        raise",
-        "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank[2-frozen on the first]",
+        f"{REFUSED}[2-frozen on the first]",
     ),
     Fault(
         "copies that differ are an error on their ranks only",
@@ -812,21 +816,21 @@ FAULTS = [
         "distributed/sharding.py",
         'inside = {name: f"{name}.experts.".removeprefix(".") for',
         'inside = {name: f"{name}.experts." for',
-        "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank[2-inside the model]",
+        f"{REFUSED}[2-inside the model]",
     ),
     Fault(
         "names that start like those of experts are taken for theirs",
         "distributed/sharding.py",
         'tuple(f"{name}.experts.".removeprefix(".") for',
         'tuple(f"{name}.experts".removeprefix(".") for',
-        "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank[2-neighbour]",
+        f"{REFUSED}[2-neighbour]",
     ),
     Fault(
         "layers of different numbers of experts may have some in common",
         "distributed/sharding.py",
         "setdefault(name, (layer.num_experts, set()))",
         "setdefault(name, (0, set()))",
-        "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank[2-other length]",
+        f"{REFUSED}[2-other length]",
     ),
     Fault(
         "replicas of experts start as each rank built them",
@@ -1034,7 +1038,8 @@ FAULTS = [
     Fault(
         "transformers initialises routers a second time",
         "tools/compat.py",
-        "    if isinstance(module, kinds):\n        module.reset_parameters()  # pyright: ignore[reportCallIssue]\n    else:",
+        "    if isinstance(module, kinds):\n        module.reset_parameters()  # pyright: "
+        "ignore[reportCallIssue]\n    else:",
         "    if isinstance(module, kinds):\n        module.reset_parameters()\n    if True:",
         "integrations/test_families.py::test_routers_and_scales_that_a_checkpoint_lacks_start_as_they_do_elsewhere",
     ),
@@ -1069,7 +1074,7 @@ FAULTS = [
     Fault(
         "arguments with defaults count as inputs",
         "tools/find.py",
-        "parameter.default is Parameter.empty and parameter.kind",
+        "parameter.default is Parameter.empty\n        and parameter.kind",
         "parameter.kind",
         "test_find.py::test_what_has_a_default_is_no_second_input",
     ),
@@ -1126,7 +1131,8 @@ FAULTS = [
         "decisions with noise are not told",
         "gate.py",
         "return tell(self, self.decide(logits, mask=mask, draws=draws, **given))",
-        'decided = self.decide(logits, mask=mask, draws=draws, **given); return decided if "noised" in given else tell(self, decided)',
+        'decided = self.decide(logits, mask=mask, draws=draws, **given); return decided if "noised" in given '
+        "else tell(self, decided)",
         "test_watch.py::test_a_gate_tells_of_decisions_with_noise_too",
     ),
     Fault(
@@ -1699,7 +1705,7 @@ FAULTS = [
     Fault(
         "a replay has gates of the live choices",
         "gating.py",
-        "best = self.topk(scores, k=k, indices=choices.indices.long().view(*groups, k))",
+        "best = self.topk(scores, k=k, indices=choices.indices)",
         "best = self.topk(scores, k=k)",
         "test_replay.py::test_what_was_recorded_is_chosen_where_weights_have_moved",
     ),
@@ -1720,8 +1726,8 @@ FAULTS = [
     Fault(
         "a replay asks by its own policy",
         "gating.py",
-        "asked = choices.asked.view(*groups, k) if real is None else choices.asked.view(*groups, k) & real.unsqueeze(-1)",
-        "pass",
+        "asked, slots, capacity = choices.asked, choices.slots, choices.capacity",
+        "slots, capacity = choices.slots, choices.capacity",
         "test_replay.py::test_what_was_recorded_is_chosen_where_weights_have_moved",
     ),
     Fault(
@@ -1733,8 +1739,8 @@ FAULTS = [
     ),
     Fault(
         "a gate takes choices of another shape",
-        "gating.py",
-        "            choices.check_fit((b, n, k), e, groups)\n",
+        "routing.py",
+        "        self.check_fit(shape, num_experts, groups)\n",
         "",
         "test_replay.py::test_choices_of_another_kind_are_refused_by_a_gate_too",
     ),
@@ -2042,7 +2048,9 @@ def is_noticed(fault: Fault) -> bool:
         file = tree / "st_moe_pytorch" / fault.file
         source = file.read_text()
         if source.count(fault.right) != 1:
-            raise SystemExit(f"{fault.name}: the line to change stands {source.count(fault.right)} times in {fault.file}")
+            raise SystemExit(
+                f"{fault.name}: the line to change stands {source.count(fault.right)} times in {fault.file}"
+            )
         file.write_text(source.replace(fault.right, fault.wrong))
         # 1 is pytest's code for failed tests; an error in collecting would be another
         return run(fault.test, tree).returncode == 1

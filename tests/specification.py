@@ -1,6 +1,7 @@
 """Mesh-TensorFlow's token routing as slow, plain float64 loops: what the gate must do, sharing no code with it.
 
-A *group* is one row b of the leading dimension; capacity, slots and the balance loss are per group. Rank 0 is a token's best expert.
+A *group* is one row b of the leading dimension; capacity, slots and the balance loss are per group. Rank 0 is a token's
+best expert.
 """
 
 from types import SimpleNamespace
@@ -45,7 +46,17 @@ def wants_rank(policy, gate, draw, threshold):
 
 
 def route(
-    logits, draws, top_n, thresholds, policy, capacity, mask=None, *, flavour="top_n", second_place_loss=False, balance_denominator="group"
+    logits,
+    draws,
+    top_n,
+    thresholds,
+    policy,
+    capacity,
+    mask=None,
+    *,
+    flavour="top_n",
+    second_place_loss=False,
+    balance_denominator="group",
 ):
     """logits [b,n,e]; draws [top_n,b,n] uniform in [0,1), row 0 is never read;
     thresholds: a number, or one per rank (entry 0 unused); mask [b,n]: 1 real, 0 padding, or None.

@@ -206,7 +206,11 @@ def test_fused_functions_give_their_numbers_compiled_too():
     tokens, k, d = 32, 3, 8
     rows = tokens * k
     y, gates, places = torch.randn(rows + 1, d), torch.rand(tokens, k), torch.randperm(rows).view(tokens, k)
-    choices, z, offsets = torch.randperm(rows + 1), torch.randn(rows, 2 * d), torch.tensor([10, 10, rows - 2], dtype=torch.int32)
+    choices, z, offsets = (
+        torch.randperm(rows + 1),
+        torch.randn(rows, 2 * d),
+        torch.tensor([10, 10, rows - 2], dtype=torch.int32),
+    )
     of_tokens = (choices // k).clamp(max=tokens - 1)
     for function, *inputs in (
         (layouts._sum_each, y, gates, places),

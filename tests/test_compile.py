@@ -27,7 +27,13 @@ def build(**kwargs) -> MoE:
 
 
 def test_training_with_all_settings():
-    settings = {"policy_train": "all", "capacity_factor_train": None, "group_size": 6, "priority": "gate", "second_place_loss": True}
+    settings = {
+        "policy_train": "all",
+        "capacity_factor_train": None,
+        "group_size": 6,
+        "priority": "gate",
+        "second_place_loss": True,
+    }
     check_compiled(build(**settings), "aot_eager")
 
 
@@ -56,7 +62,9 @@ def check_lengths(moe: MoE, backend: str, dtype: torch.dtype, rtol: float) -> No
 
 
 @pytest.mark.parametrize("capacity_factor", [1.0, None])
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str
+)
 def test_rows_compile_in_every_dtype(dtype, rtol, capacity_factor):
     check_lengths(alike(capacity_factor, dtype), "aot_eager", dtype, rtol)
 
@@ -67,18 +75,27 @@ def test_rows_by_inductor():
 
 
 def test_empty_slots_of_compiled_experts_hold_tokens():
-    """Experts that differ run on slots: a logarithm has no value at the zeros of an empty one, and padding is no token to fill it with."""
+    """Experts that differ run on slots: a logarithm has no value at the zeros of an empty one, and padding is no token
+    to fill it with.
+    """
 
     class Logarithm(nn.Module):
         def forward(self, x):
             return x.square().log()
 
-    moe = MoE(8, 2, gate=TopNGating(8, 2, policy_train="all"), experts=[Logarithm(), nn.Sequential(Logarithm(), nn.Linear(8, 8))]).double()
+    moe = MoE(
+        8,
+        2,
+        gate=TopNGating(8, 2, policy_train="all"),
+        experts=[Logarithm(), nn.Sequential(Logarithm(), nn.Linear(8, 8))],
+    ).double()
     x = torch.randn(2, 9, 8, dtype=torch.float64)
     mask = torch.tensor([[False] + [True] * 8, [False] * 9])
     x = x.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
     inputs, cotangent = [x, *moe.parameters()], torch.randn_like(x)
-    expected, actual = (run(x, mask=mask).outputs for run in (moe, torch.compile(moe, fullgraph=True, backend="aot_eager")))
+    expected, actual = (
+        run(x, mask=mask).outputs for run in (moe, torch.compile(moe, fullgraph=True, backend="aot_eager"))
+    )
     assert_close(actual, expected)
     for pair in zip(*(torch.autograd.grad((y * cotangent).sum(), inputs) for y in (actual, expected)), strict=True):
         assert_close(*pair, may_vanish=True)

@@ -1,4 +1,6 @@
-"""What only a GPU can show: the numbers of the CPU, no waiting, the same bits in every run, graphs of CUDA. Skipped without one."""
+"""What only a GPU can show: the numbers of the CPU, no waiting, the same bits in every run, graphs of CUDA. Skipped
+without one.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -45,17 +47,26 @@ def results(moe: Callable, x: torch.Tensor, cotangent: torch.Tensor, **arguments
     return [t.detach().cpu() for t in (outputs, auxiliary, *gradients(outputs.to(x.dtype), cotangent, inputs))]
 
 
-@pytest.mark.parametrize("setting", [{}, {"capacity_factor_train": None}, {"k": 1}, {"k": 4, "priority": "token"}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{}, {"capacity_factor_train": None}, {"k": 1}, {"k": 4, "priority": "token"}], ids=str
+)
 @pytest.mark.parametrize("form", ["shared", "called", "compiled"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_numbers_of_the_cpu(dtype, form, setting):
     moe = layer(dtype, called=form == "called", **setting)
-    x, cotangent, mask = torch.randn(3, 50, 64, dtype=dtype), torch.randn(3, 50, 64, dtype=dtype), torch.rand(3, 50) < 0.8
+    x, cotangent, mask = (
+        torch.randn(3, 50, 64, dtype=dtype),
+        torch.randn(3, 50, 64, dtype=dtype),
+        torch.rand(3, 50) < 0.8,
+    )
     wide = layer(torch.promote_types(dtype, torch.float32), **setting)
     wide.load_state_dict(moe.state_dict())
     # the router's numbers are those of this dtype, so that no choice changes
     expected = results(
-        wide, x.to(wide.gate.to_gates.weight.dtype).requires_grad_(), cotangent.to(wide.gate.to_gates.weight.dtype), mask=mask
+        wide,
+        x.to(wide.gate.to_gates.weight.dtype).requires_grad_(),
+        cotangent.to(wide.gate.to_gates.weight.dtype),
+        mask=mask,
     )
     on_gpu = moe.cuda()
     run = torch.compile(on_gpu, fullgraph=True) if form == "compiled" else on_gpu
@@ -82,7 +93,9 @@ def test_golden_assignments(name):
     case = golden_case(name)
     gate, dtype = build_gate(case).cuda(), getattr(torch, case.config.dtype)
     mask = (case.importance == 1).cuda() if case.config.has_importance else None
-    routing = gate.route(case.x.to(dtype).cuda(), mask=mask, draws=case.draws[: case.config.top_n].movedim(0, -1).cuda())
+    routing = gate.route(
+        case.x.to(dtype).cuda(), mask=mask, draws=case.draws[: case.config.top_n].movedim(0, -1).cuda()
+    )
     dispatch, combine = routing.dense()
     assert torch.equal(dispatch.cpu(), case.dispatch.to(dispatch.dtype))
     assert_close(combine.cpu(), case.combine, 4e-3 if "bf16" in name else 1e-6)
@@ -154,7 +167,9 @@ def test_capture_in_a_graph(training):
 
     def step():
         outputs = moe(x).outputs
-        return (outputs, *torch.autograd.grad(outputs.sum(), [x, *moe.experts.parameters()])) if training else (outputs,)
+        return (
+            (outputs, *torch.autograd.grad(outputs.sum(), [x, *moe.experts.parameters()])) if training else (outputs,)
+        )
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.set_grad_enabled(training):
@@ -176,7 +191,9 @@ def test_one_rank_over_nccl(tmp_path):
     moe = layer(torch.float32, experts=5).cuda()
     x, cotangent = torch.randn(2, 40, 64, device="cuda", requires_grad=True), torch.randn(2, 40, 64, device="cuda")
     expected = results(moe, x, cotangent)
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -36,7 +36,9 @@ def test_numbers_are_those_of_integers_without_bounds(seed, step, layer):
     tokens = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -1])
     draws = keyed_draws(seed, step, layer, tokens, 5)
     assert draws.dtype == torch.float32
-    assert draws.tolist() == [[by_integers(seed, step, layer, token, choice) for choice in range(5)] for token in tokens.tolist()]
+    assert draws.tolist() == [
+        [by_integers(seed, step, layer, token, choice) for choice in range(5)] for token in tokens.tolist()
+    ]
 
 
 def test_numbers_stay_those_of_the_first_release():
@@ -50,7 +52,9 @@ def test_numbers_do_not_depend_on_how_tokens_are_split():
     assert whole.shape == (6, 16, 3)
     for parts in (2, 3, 6):
         assert torch.equal(torch.cat([keyed_draws(3, 5, 1, part, 3) for part in tokens.chunk(parts)]), whole)
-        assert torch.equal(torch.cat([keyed_draws(3, 5, 1, part, 3) for part in tokens.chunk(parts, dim=1)], dim=1), whole)
+        assert torch.equal(
+            torch.cat([keyed_draws(3, 5, 1, part, 3) for part in tokens.chunk(parts, dim=1)], dim=1), whole
+        )
     assert torch.equal(keyed_draws(3, 5, 1, tokens.flatten().flip(0), 3).flip(0).view(6, 16, 3), whole)
     assert torch.equal(keyed_draws(3, 5, 1, tokens, 2), whole[..., :2])
     assert torch.equal(keyed_draws(3, 5, 1, tokens[4, 7], 3), whole[4, 7])
@@ -111,7 +115,9 @@ def test_two_layers_do_not_have_the_same_numbers_in_another_order():
             assert torch.isin(stream, other).sum() < 1300
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def test_bits_are_the_same_on_every_device(device):
     draws = keyed_draws(1, 2, torch.arange(3).view(3, 1), torch.arange(1000, device=device), 3)
     assert draws.device.type == device

@@ -134,7 +134,9 @@ class Summing(nn.Module):
 def test_bad_experts(modules, message, layout):
     experts = Experts(modules)
     with pytest.raises(ValueError, match=message):
-        experts(torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)) if layout == "rows" else experts(torch.randn(2, 2, 3, 8))
+        experts(torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)) if layout == "rows" else experts(
+            torch.randn(2, 2, 3, 8)
+        )
 
 
 def test_all_widths_of_experts_are_compared():
@@ -163,7 +165,11 @@ ASSIGNED = [
     ("group_size", 2.5, "group_size must be a whole number, got 2.5"),
     ("top_n", 5, "top_n must be at most the number of experts: a token cannot choose 5 of 4"),
     ("top_n", 3, r"threshold_train must hold a number for each of top_n=3 choices, got shape \(2,\)"),
-    ("threshold_train", torch.tensor([1e-9, NAN]), r"threshold_train must lie in \[0, 1\], got .*nan.*reset_parameters\(\)"),
+    (
+        "threshold_train",
+        torch.tensor([1e-9, NAN]),
+        r"threshold_train must lie in \[0, 1\], got .*nan.*reset_parameters\(\)",
+    ),
     ("threshold_train", torch.tensor([1e-9, -1.0]), r"threshold_train must lie in \[0, 1\], got .*-1.0"),
     ("threshold_train", torch.tensor([1e-9, 2.0]), r"threshold_train must lie in \[0, 1\], got .*2.0"),
     ("threshold_train", torch.tensor([1e-9]), r"threshold_train must hold .* shape \(1,\)"),

@@ -118,7 +118,9 @@ def test_golden_layer(name, way):
     found = grad_x, grad_w, torch.stack(grad_experts[: c.e]), torch.stack(grad_experts[c.e :])
     for actual, expected in zip(found, wanted, strict=True):
         assert_close(actual, expected, 2e-6)
-    for actual, expected in zip(gradients(total, torch.tensor(1.0), leaves[:2]), (case.loss_grad_x, case.loss_grad_w), strict=True):
+    for actual, expected in zip(
+        gradients(total, torch.tensor(1.0), leaves[:2]), (case.loss_grad_x, case.loss_grad_w), strict=True
+    ):
         assert_close(actual, expected, 2e-6)
 
 
@@ -156,7 +158,9 @@ def test_picks_are_those_of_the_loops(seed, b, n, e, factor, masked, regrouped):
     logits, mask = logits_with_ties(seed, b, n, e)
     mask = mask if masked else None
     logits.requires_grad_()
-    gate = ExpertChoiceGating(2, e, capacity_factor_train=factor, min_expert_capacity=2, group_size=b * n if regrouped else None)
+    gate = ExpertChoiceGating(
+        2, e, capacity_factor_train=factor, min_expert_capacity=2, group_size=b * n if regrouped else None
+    )
     routing = gate.decide(logits, mask=mask)
     groups = (1, b * n) if regrouped else (b, n)
     assert routing.groups == groups
@@ -167,20 +171,29 @@ def test_picks_are_those_of_the_loops(seed, b, n, e, factor, masked, regrouped):
 
     gates = []
     for token, wanted in enumerate(picks):
-        experts, slots, kept = (t.view(b * n, e)[token].tolist() for t in (routing.indices, routing.slots, routing.kept))
+        experts, slots, kept = (
+            t.view(b * n, e)[token].tolist() for t in (routing.indices, routing.slots, routing.kept)
+        )
         assert sorted(experts) == list(range(e))
         assert kept == [True] * len(wanted) + [False] * (e - len(wanted))
-        assert {i: slot for i, slot, k in zip(experts, slots, kept, strict=True) if k} == {i: s for i, (s, _) in wanted.items()}
+        assert {i: slot for i, slot, k in zip(experts, slots, kept, strict=True) if k} == {
+            i: s for i, (s, _) in wanted.items()
+        }
         assert slots[len(wanted) :] == [-1] * (e - len(wanted))
         # best first, ties to the lowest expert
-        assert experts[: len(wanted)] == sorted(wanted, key=lambda i, wanted=wanted: (-wanted[i][1].item(), i)) or seed % 2
+        assert (
+            experts[: len(wanted)] == sorted(wanted, key=lambda i, wanted=wanted: (-wanted[i][1].item(), i)) or seed % 2
+        )
         gates.append([wanted[i][1] if i in wanted else 0 * logits.sum() for i in experts])
     gates = torch.stack([torch.stack(token) for token in gates]).view(b, n, e)
     assert_close(routing.gates * routing.kept, gates, 1e-12, may_vanish=True)
     assert_close(routing.balance_loss, balance, 1e-12, may_vanish=True)
     cotangent = torch.randn(b, n, e, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    (actual,), (expected,) = gradients(routing.gates * routing.kept, cotangent, [logits]), gradients(gates, cotangent, [logits])
+    (actual,), (expected,) = (
+        gradients(routing.gates * routing.kept, cotangent, [logits]),
+        gradients(gates, cotangent, [logits]),
+    )
     assert_close(actual, expected, 1e-9, may_vanish=True)
     (actual,) = gradients(routing.balance_loss, one, [logits])
     (expected,) = gradients(balance, one, [logits])
@@ -238,7 +251,13 @@ def by_shared_products(moe):
     return call
 
 
-SETTINGS = [{}, {"capacity_factor_train": 4.0}, {"capacity_factor_train": None}, {"group_size": 11}, {"straight_through": True}]
+SETTINGS = [
+    {},
+    {"capacity_factor_train": 4.0},
+    {"capacity_factor_train": None},
+    {"group_size": 11},
+    {"straight_through": True},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -383,7 +402,10 @@ def test_settings_are_read_in_every_forward_and_checked():
         with pytest.raises(ValueError, match=next(iter(settings))):
             ExpertChoiceGating(6, 4, **settings)
     text = str(ExpertChoiceGating(6, 4, group_size=8))
-    assert "ExpertChoiceGating(\n  dim=6, num_gates=4, capacity_factor_train=1.25, capacity_factor_eval=2.0, min_expert" in text
+    assert (
+        "ExpertChoiceGating(\n  dim=6, num_gates=4, capacity_factor_train=1.25, capacity_factor_eval=2.0, min_expert"
+        in text
+    )
     assert "group_size=8" in text
 
 
@@ -468,7 +490,9 @@ def test_upcycled_and_swapped_in():
     moe, x = MoE.from_dense(ffn, 6, 4, gate=gate), torch.randn(2, 9, 6)
     # with copies of one feed-forward, what is left of it are the gates
     assert_close(moe(x).outputs, ffn(x) * gate.route(x).gates.sum(dim=-1, keepdim=True), 1e-5)
-    model = sparsify(nn.ModuleDict({"ffn": ffn}), "ffn", lambda ffn: MoE.from_dense(ffn, 6, 4, gate=ExpertChoiceGating(6, 4)))
+    model = sparsify(
+        nn.ModuleDict({"ffn": ffn}), "ffn", lambda ffn: MoE.from_dense(ffn, 6, 4, gate=ExpertChoiceGating(6, 4))
+    )
     with collect_aux_losses() as aux:
         model["ffn"](x).sum().backward()
     assert aux.total > 0

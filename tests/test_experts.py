@@ -146,7 +146,9 @@ def test_where_nobody_has_tokens_the_error_says_what_experts_need(kind):
     try:
         kind()(torch.empty(1, 0, 4))
     except Exception:
-        with pytest.raises(RuntimeError, match="experts must be able to run on no tokens where none of them has any") as caught:
+        with pytest.raises(
+            RuntimeError, match="experts must be able to run on no tokens where none of them has any"
+        ) as caught:
             Experts([kind()])(*rows_to(0))
         assert caught.value.__cause__.__notes__ == ["This was expert 0, called with tokens of shape (1, 0, 4)."]
     else:
@@ -188,9 +190,15 @@ def test_an_expert_that_changes_its_input_is_named():
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
-        (torch.tensor([2, 3]), "offsets must have shape and dtype .*int32: where the rows of each expert end, not how many.*int64"),
+        (
+            torch.tensor([2, 3]),
+            "offsets must have shape and dtype .*int32: where the rows of each expert end, not how many.*int64",
+        ),
         (torch.tensor([5], dtype=torch.int32), r"offsets must have shape and dtype \(2,\)"),
-        (torch.tensor([3, 2], dtype=torch.int32), r"offsets must not decrease, nor go beyond the 5 rows of x, got \[3, 2\]"),
+        (
+            torch.tensor([3, 2], dtype=torch.int32),
+            r"offsets must not decrease, nor go beyond the 5 rows of x, got \[3, 2\]",
+        ),
         (torch.tensor([3, 6], dtype=torch.int32), r"beyond the 5 rows of x, got \[3, 6\]"),
     ],
 )
@@ -203,7 +211,9 @@ def test_layouts_of_other_ranks_are_refused():
     experts = Experts([nn.Identity(), nn.Identity()])
     with pytest.raises(ValueError, match=r"x must be rows \(t, width\) where offsets are given, got \(1, 5, 4\)"):
         experts(torch.randn(1, 5, 4), torch.tensor([2, 5], dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"x must have shape \(batch, 2, slots, width\) without offsets, got \(1, 3, 5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \(batch, 2, slots, width\) without offsets, got \(1, 3, 5, 4\)"
+    ):
         experts(torch.randn(1, 3, 5, 4))
 
 

@@ -1,4 +1,6 @@
-"""Which feed-forwards a pattern or a type means, and what is refused because a sparse layer could not stand in its place."""
+"""Which feed-forwards a pattern or a type means, and what is refused because a sparse layer could not stand in its
+place.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def from_dense(ffn):
 
 
 class Split(nn.Module):
-    """A layer that runs the parts of its feed-forward itself, as BERT's do, beside another module of the last one's name."""
+    """A layer that runs the parts of its feed-forward itself, as BERT's do, beside another module of the last one's
+    name.
+    """
 
     def __init__(self):
         super().__init__()
@@ -168,7 +172,10 @@ def model_of(module):
 
 
 REFUSED = {
-    "half": (nn.Linear(DIM, 32), r"layer.mlp maps a width of 16 to 32. If .* name all of them, in order: where=\(first, ..., last\)"),
+    "half": (
+        nn.Linear(DIM, 32),
+        r"layer.mlp maps a width of 16 to 32. If .* name all of them, in order: where=\(first, ..., last\)",
+    ),
     "two inputs": (Two(), "where must match modules of one input, but layer.mlp takes x, residual"),
     "two results": (Pair(DIM, DIM), "where must match modules that return one tensor, but layer.mlp returns a tuple"),
     "experts": (ExpertsOfItsOwn(), "layer.mlp looks like a mixture of experts of the model's own, a ExpertsOfItsOwn"),
@@ -177,7 +184,10 @@ REFUSED = {
         "layer.mlp looks like a mixture of experts of the model's own, a ModuleDict",
     ),
     "name": (SparseMoeMlp(DIM, DIM), "layer.mlp looks like a mixture of experts of the model's own, a SparseMoeMlp"),
-    "name inside": (nn.Sequential(SparseMoeMlp(DIM, DIM)), "layer.mlp looks like a mixture of experts of the model's own, a Sequential"),
+    "name inside": (
+        nn.Sequential(SparseMoeMlp(DIM, DIM)),
+        "layer.mlp looks like a mixture of experts of the model's own, a Sequential",
+    ),
     "half with a buffer": (Shifted(DIM, 32), "layer.mlp maps a width of 16 to 32"),
     "half in bfloat16": (Strict(DIM, 32).to(torch.bfloat16), "layer.mlp maps a width of 16 to 32"),
     "one of all tokens": (Pooled(DIM, DIM), "where must match whole feed-forwards, but layer.mlp"),
@@ -194,9 +204,15 @@ def test_what_a_sparse_layer_cannot_replace_is_refused_by_name(module, message):
 
 def test_parts_of_torchs_layers_and_unequal_numbers_of_parts_are_refused():
     model = nn.Sequential(nn.TransformerEncoderLayer(DIM, 4, 32))
-    with pytest.raises(ValueError, match=r"a whole nn.TransformerEncoderLayer, '0' or its type, to swap its feed-forward, got its linear1"):
+    with pytest.raises(
+        ValueError,
+        match=r"a whole nn.TransformerEncoderLayer, '0' or its type, to swap its feed-forward, got its linear1",
+    ):
         sparsify(model, "*.linear1", moe)
-    with pytest.raises(ValueError, match=r"equally many first, second and further parts .* 2 by '\*.intermediate', 1 by '0.output.dense'"):
+    with pytest.raises(
+        ValueError,
+        match=r"equally many first, second and further parts .* 2 by '\*.intermediate', 1 by '0.output.dense'",
+    ):
         sparsify(nn.Sequential(Split(), Split()), ("*.intermediate", "0.output.dense"), moe)
 
 
@@ -227,11 +243,16 @@ def test_a_layer_says_its_name_where_its_model_gives_it_something_else():
     layer = sparsify(model_of(nn.Identity()), "layer.mlp", moe)["layer"]["mlp"].eval()
     x = torch.randn(2, 3, DIM)
     assert torch.equal(layer(x, None, deep_embed=None), layer(x))
-    with pytest.raises(ValueError, match=r"layer.mlp: a sparse layer takes tokens and mask=, but its model gives it argument 2, scale too"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer.mlp: a sparse layer takes tokens and mask=, but its model gives it argument 2, scale too",
+    ):
         layer(x, x, scale=2.0)
     with pytest.raises(ValueError, match=r"layer.mlp: x must have shape \(..., 16\), got \(2, 3, 15\)"):
         layer(x[..., 1:])
-    narrow = sparsify(model_of(nn.Identity()), "layer.mlp", lambda ffn: MoE(DIM, 1, gating_top_n=1, experts=[nn.Linear(DIM, 8)]))
+    narrow = sparsify(
+        model_of(nn.Identity()), "layer.mlp", lambda ffn: MoE(DIM, 1, gating_top_n=1, experts=[nn.Linear(DIM, 8)])
+    )
     with pytest.raises(ValueError, match=r"layer.mlp: experts must keep the width of a feed-forward, 16, got 8"):
         narrow["layer"]["mlp"].eval()(x)
     assert "in place of layer.mlp" in str(layer)
@@ -240,7 +261,10 @@ def test_a_layer_says_its_name_where_its_model_gives_it_something_else():
 def test_some_parts_of_torchs_layers_are_not_enough():
     """What stands between them would act on the results of the sparse layer."""
     model = nn.Sequential(nn.TransformerEncoderLayer(DIM, 4, 32))
-    with pytest.raises(ValueError, match=r"a whole nn.TransformerEncoderLayer, '0' or its type, to swap its feed-forward, got its linear1"):
+    with pytest.raises(
+        ValueError,
+        match=r"a whole nn.TransformerEncoderLayer, '0' or its type, to swap its feed-forward, got its linear1",
+    ):
         sparsify(model, ("*.linear1", "*.linear2"), moe)
 
 

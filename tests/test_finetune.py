@@ -107,7 +107,9 @@ def test_tied_parameters_and_those_of_integers():
 @pytest.mark.parametrize("subset", ["moe", "non_moe", "attention", "feed_forward"])
 def test_what_a_model_does_not_have_is_said(subset):
     model = nn.Sequential(nn.Linear(DIM, DIM))
-    with pytest.raises(ValueError, match=f"subset='{subset}' must find modules by their class, found none in a Sequential"):
+    with pytest.raises(
+        ValueError, match=f"subset='{subset}' must find modules by their class, found none in a Sequential"
+    ):
         parameter_subset(model, subset)
     assert model[0].weight.requires_grad
     with pytest.raises(ValueError, match=r"subset must be one of 'all', 'non_moe', .*, got 'experts'"):

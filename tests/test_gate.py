@@ -76,7 +76,9 @@ def test_settings_of_any_gate_can_be_planned_and_those_of_a_route_alone_cannot()
     plans = plan(moe, one_expert, {"as it is": {}, "shifted": {"shift": 1}})
     assert plans["shifted"].largest_load == plans["as it is"].largest_load == 1
     moe.gate = NoGate(moe.gate)
-    with pytest.raises(ValueError, match=r"settings must be \{\} for a gate that cannot decide again, a NoGate, got {'shift': 1}"):
+    with pytest.raises(
+        ValueError, match=r"settings must be \{\} for a gate that cannot decide again, a NoGate, got {'shift': 1}"
+    ):
         plan(moe, records[""], {"shifted": {"shift": 1}})
 
 
@@ -85,10 +87,16 @@ def test_a_gate_without_a_decision_says_what_it_lacks():
         MoE(6, 3, gate=Gate(6, 3))(torch.randn(1, 4, 6))
 
 
-@pytest.mark.parametrize("settings", [{}, {"group_size": 6, "priority": "gate"}, {"top_n": 3, "second_place_loss": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"group_size": 6, "priority": "gate"}, {"top_n": 3, "second_place_loss": True}], ids=str
+)
 def test_decisions_on_logits_are_those_on_tokens(settings):
     gate = TopNGating(6, 4, **settings).double()
-    x, mask, draws = torch.randn(2, 9, 6, dtype=torch.float64), torch.rand(2, 9) < 0.8, torch.rand(2, 9, settings.get("top_n", 2))
+    x, mask, draws = (
+        torch.randn(2, 9, 6, dtype=torch.float64),
+        torch.rand(2, 9) < 0.8,
+        torch.rand(2, 9, settings.get("top_n", 2)),
+    )
     routed = gate.route(x, mask=mask, draws=draws)
     decided = gate.decide(routed.logits, mask=mask, draws=draws)
     for mine, theirs in zip(decided, routed, strict=True):
@@ -150,13 +158,17 @@ def test_a_mask_in_the_place_of_noise_is_refused_by_name():
     moe, x = MoE(6, 4), torch.randn(2, 9, 6)
     for layer in (moe, SparseMoEBlock(moe), moe.gate.route):
         for mask in (torch.ones(2, 9, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)):
-            with pytest.raises(ValueError, match=r"noise_gates must be a bool, got a tensor of shape .* passed by name, mask="):
+            with pytest.raises(
+                ValueError, match=r"noise_gates must be a bool, got a tensor of shape .* passed by name, mask="
+            ):
                 layer(x, mask)
 
 
 def test_settings_that_a_given_gate_would_ignore_are_refused():
     gate = TopNGating(6, 4)
-    with pytest.raises(ValueError, match="gating_top_n, capacity_factor_eval must be set on the gate where gate= is given"):
+    with pytest.raises(
+        ValueError, match="gating_top_n, capacity_factor_eval must be set on the gate where gate= is given"
+    ):
         MoE(6, 4, gating_top_n=1, capacity_factor_eval=1, gate=gate)
     assert MoE(6, 4, gating_top_n=2, capacity_factor_eval=2, gate=gate).gate is gate
 
@@ -167,9 +179,9 @@ def test_upcycled_gates_are_built_with_their_settings_and_none_means_the_same():
         assert (moe.gate.policy_train, moe.gate.policy_eval, moe.gate.capacity_factor_train) == ("all", "all", None)
         assert moe.gate.eps == 1e-20
         assert moe.gate.threshold_train[0] == torch.tensor(1e-20)
-    assert MoE.from_dense(ffn, 6, 4, gating_top_n=3, threshold_train=[0.1, 0.3]).gate.threshold_train[1:].tolist() == pytest.approx(
-        [0.1, 0.3]
-    )
+    assert MoE.from_dense(ffn, 6, 4, gating_top_n=3, threshold_train=[0.1, 0.3]).gate.threshold_train[
+        1:
+    ].tolist() == pytest.approx([0.1, 0.3])
 
 
 def test_the_module_of_the_old_name_is_there_after_the_import():
@@ -181,5 +193,11 @@ def test_layers_tell_their_settings():
     moe = MoE(6, 4, gating_top_n=1, capacity_factor_train=None, balance_loss_coef=0.5)
     moe.gate.priority = "gate"
     text = str(SparseMoEBlock(moe))
-    for part in ("top_n=1", "'random' and 'threshold'", "capacity factors None and 2.0", "balance_loss_coef=0.5", "priority='gate'"):
+    for part in (
+        "top_n=1",
+        "'random' and 'threshold'",
+        "capacity factors None and 2.0",
+        "balance_loss_coef=0.5",
+        "priority='gate'",
+    ):
         assert part in text

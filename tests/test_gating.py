@@ -50,7 +50,8 @@ def test_every_assignment_and_loss_is_the_specifications(problem):
     gate = transparent_gate(logits.shape[-1], **settings, second_place_loss=second)
     routing = gate.route(logits, mask=mask, draws=draws)
     capacity = max(
-        min(logits.shape[1], int(logits.shape[1] * settings["capacity_factor_train"] / logits.shape[-1])), settings["min_expert_capacity"]
+        min(logits.shape[1], int(logits.shape[1] * settings["capacity_factor_train"] / logits.shape[-1])),
+        settings["min_expert_capacity"],
     )
     empty = mask is not None and not mask.any()
     expected = specified_route(
@@ -70,7 +71,9 @@ def test_every_assignment_and_loss_is_the_specifications(problem):
         assert not routing.kept.any()
         assert routing.balance_loss == routing.router_z_loss == 0
         return
-    assert assignments(routing) == [[[(e, s) for e, s, _ in token] for token in group] for group in expected.assignments]
+    assert assignments(routing) == [
+        [[(e, s) for e, s, _ in token] for token in group] for group in expected.assignments
+    ]
     gates = [g for group in expected.assignments for token in group for _, _, g in token]
     assert_close(routing.gates[routing.kept], torch.tensor(gates, dtype=torch.float64))
     assert_close(routing.balance_loss, torch.tensor(expected.balance_loss, dtype=torch.float64))
@@ -88,7 +91,11 @@ def test_every_choice_has_one_outcome_and_every_slot_one_holder(problem):
     assert not routing.not_asked[..., 0].any()
     for group in range(logits.shape[0]):
         held = list(
-            zip(routing.indices[group][routing.kept[group]].tolist(), routing.slots[group][routing.kept[group]].tolist(), strict=True)
+            zip(
+                routing.indices[group][routing.kept[group]].tolist(),
+                routing.slots[group][routing.kept[group]].tolist(),
+                strict=True,
+            )
         )
         assert len(held) == len(set(held))
         assert all(0 <= slot < routing.capacity for _, slot in held)
@@ -140,7 +147,8 @@ def test_equal_certainty_of_many_tokens_is_served_in_order_of_position():
 
 
 @pytest.mark.parametrize(
-    ("b", "n", "group_size", "groups"), [(2, 12, 8, (3, 8)), (4, 6, 24, (1, 24)), (3, 5, 4, (3, 5)), (2, 3, 100, (1, 6))]
+    ("b", "n", "group_size", "groups"),
+    [(2, 12, 8, (3, 8)), (4, 6, 24, (1, 24)), (3, 5, 4, (3, 5)), (2, 3, 100, (1, 6))],
 )
 def test_group_size_regroups_tokens_over_sequences(b, n, group_size, groups):
     gate = transparent_gate(4, group_size=group_size, capacity_factor_train=0.5, min_expert_capacity=1)

@@ -77,7 +77,14 @@ def test_losses(name):
         # padding is not counted here: the specification says by which denominator
         logits = case.x.double().numpy() @ case.w.double().numpy().T
         expected = specified_route(
-            logits, case.draws, c.top_n, c.threshold, "all", c.capacity, case.importance.numpy(), balance_denominator="real"
+            logits,
+            case.draws,
+            c.top_n,
+            c.threshold,
+            "all",
+            c.capacity,
+            case.importance.numpy(),
+            balance_denominator="real",
         ).balance_loss
         assert_close(routing.balance_loss, torch.tensor(expected, dtype=torch.float32), 5e-6)
     elif name not in OTHER_BALANCE_LOSS:
@@ -107,7 +114,9 @@ def test_layer(name):
     case, c = golden(name), golden(name).config
     experts = [ReluExpert(wi, wo) for wi, wo in zip(case.wi, case.wo, strict=True)]
     gate = build_gate(case)
-    moe = MoE(c.d, c.e, gate=gate, experts=experts, balance_loss_coef=c.loss_coef, router_z_loss_coef=c.loss_coef * c.z_coef)
+    moe = MoE(
+        c.d, c.e, gate=gate, experts=experts, balance_loss_coef=c.loss_coef, router_z_loss_coef=c.loss_coef * c.z_coef
+    )
     # the layer takes its draws from the gate; the golden numbers come with theirs
     own_route, draws = gate.route, case.draws[: c.top_n].movedim(0, -1)
     gate.route = lambda x, *args, **kwargs: own_route(x, *args, **kwargs, draws=draws)
@@ -125,7 +134,9 @@ def test_layer(name):
     assert_close(torch.stack(grad_experts[c.e :]), case.y_grad_wo, 2e-6)
     if not has_padding(case):
         for actual, expected in zip(
-            gradients(total, torch.tensor(1.0), [x, gate.to_gates.weight]), (case.loss_grad_x, case.loss_grad_w), strict=True
+            gradients(total, torch.tensor(1.0), [x, gate.to_gates.weight]),
+            (case.loss_grad_x, case.loss_grad_w),
+            strict=True,
         ):
             assert_close(actual, expected, 2e-6)
 
@@ -139,11 +150,14 @@ with np.load(DATA / "coor_descent.npz") as arrays:
 @pytest.mark.parametrize("case", COOR_DESCENT_CASES, ids=lambda case: f"e{case['num_experts']}-k{case['k']}")
 def test_coordinate_descent(case, fused):
     values, indices, selected, probe, grad = (
-        COOR_DESCENT[f"{case['case']}.{key}"] for key in ("values", "indices", "coor_descent_values", "probe", "grad_probs")
+        COOR_DESCENT[f"{case['case']}.{key}"]
+        for key in ("values", "indices", "coor_descent_values", "probe", "grad_probs")
     )
     probs = COOR_DESCENT[f"{case['case']}.probs"].clone().requires_grad_()
     result = topk(probs, case["k"], differentiable=True, fused=fused)
     assert torch.equal(result.indices, indices)
     assert torch.equal(result.values, values)
     assert_close(result.coor_descent_values, selected)
-    assert_close(gradients(result.coor_descent_values, probe, [probs])[0], grad, may_vanish=case["k"] == case["num_experts"])
+    assert_close(
+        gradients(result.coor_descent_values, probe, [probs])[0], grad, may_vanish=case["k"] == case["num_experts"]
+    )

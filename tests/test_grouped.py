@@ -1,4 +1,6 @@
-"""The one product for all experts: its definition, its kernel for accelerators run on CPU with poisoned memory, and what may not grow."""
+"""The one product for all experts: its definition, its kernel for accelerators run on CPU with poisoned memory, and
+what may not grow.
+"""
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -16,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import st_moe_pytorch.grouped as grouped
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
 from st_moe_pytorch.experts import are_alike, run_shared
-from st_moe_pytorch.grouped import grouped_linear, grouped_outer, grouped_product, looped_linear, looped_linear_backward, stacked
+from st_moe_pytorch.grouped import grouped_linear, grouped_outer, grouped_product, stacked
+from st_moe_pytorch.looped import looped_linear, looped_linear_backward
 
 INTO, OUT = 5, 3
 
@@ -45,7 +48,9 @@ def by_definition(rows, weights, biases, scales, offsets):
 
 @contextmanager
 def kernel_on_cpu():
-    """The branch for CUDA, by torch's own product for CPU with the strides that CUDA asks for and NaN wherever CUDA writes nothing."""
+    """The branch for CUDA, by torch's own product for CPU with the strides that CUDA asks for and NaN wherever CUDA
+    writes nothing.
+    """
     real = F.grouped_mm
 
     def grouped_mm(a, b, *, offs):
@@ -66,7 +71,10 @@ def kernel_on_cpu():
 @contextmanager
 def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True)
-    before, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
     try:
         yield
     finally:
@@ -77,7 +85,8 @@ def nan_in_fresh_memory():
 @pytest.mark.parametrize("rest", [0, 1, 3])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "rtol"), [(False, torch.float64, 1e-12), (True, torch.float32, 1e-5), (True, torch.bfloat16, 3e-2)]
+    ("kernel", "dtype", "rtol"),
+    [(False, torch.float64, 1e-12), (True, torch.float32, 1e-5), (True, torch.bfloat16, 3e-2)],
 )
 def test_product_is_its_definition(kernel, dtype, rtol, scaled, rest):
     rows, weights, biases, scales, offsets = problem(scaled=scaled, rest=rest, dtype=dtype)
@@ -129,7 +138,9 @@ def test_gradients_of_rows_alone_cost_no_product_of_parameters():
             counted[name] = torch.autograd.grad(result, rows, cotangent)[0], counter.get_total_flops()
     assert torch.equal(counted["all"][0][: offsets[-1]], counted["rows"][0][: offsets[-1]])
     assert counted["all"][1] == 2 * counted["rows"][1] == 2 * 2 * len(rows) * INTO * OUT
-    assert torch.autograd.gradgradcheck(lambda x: grouped_linear(x, *frozen, offsets)[:6], rows.detach().nan_to_num().requires_grad_())
+    assert torch.autograd.gradgradcheck(
+        lambda x: grouped_linear(x, *frozen, offsets)[:6], rows.detach().nan_to_num().requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -155,7 +166,9 @@ def test_operators_of_the_kernel_are_what_torch_expects_of_them():
         (grouped_outer, grad, rows, offsets),
     ):
         # what memory behind the last expert's rows holds differs from run to run, so that values are compared elsewhere
-        torch.library.opcheck(function, tuple(arguments), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch.library.opcheck(
+            function, tuple(arguments), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -168,7 +181,10 @@ def test_second_derivatives_through_the_kernel_are_those_of_the_loop(scaled):
     cotangents[1][used:] = 0
 
     def run(kernel):
-        leaves = [rows.clone().requires_grad_(), *(t.clone().requires_grad_() for tensors in parameters for t in tensors)]
+        leaves = [
+            rows.clone().requires_grad_(),
+            *(t.clone().requires_grad_() for tensors in parameters for t in tensors),
+        ]
         e = len(offsets)
         given = leaves[1 : e + 1], leaves[e + 1 : 2 * e + 1], leaves[2 * e + 1 :]
         with kernel_on_cpu() if kernel else nullcontext():
@@ -198,7 +214,8 @@ def shared_products():
 
 @pytest.mark.parametrize("options", [{}, {"prenorm": True}, {"mult_bias": False}], ids=str)
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "rtol"), [(False, torch.float64, 1e-12), (True, torch.float32, 2e-5), (True, torch.bfloat16, 6e-2)]
+    ("kernel", "dtype", "rtol"),
+    [(False, torch.float64, 1e-12), (True, torch.float32, 2e-5), (True, torch.bfloat16, 6e-2)],
 )
 def test_layer_with_shared_products_is_the_layer_of_modules(kernel, dtype, rtol, options):
     moe = MoE(6, 3, experts=alike(**options), capacity_factor_train=1.0)
@@ -209,7 +226,10 @@ def test_layer_with_shared_products_is_the_layer_of_modules(kernel, dtype, rtol,
 
     def run():
         result = moe(x, mask=mask)
-        return [result.outputs, *gradients((result.outputs * cotangent).sum() + result.total_aux_loss, torch.tensor(1.0), inputs)]
+        return [
+            result.outputs,
+            *gradients((result.outputs * cotangent).sum() + result.total_aux_loss, torch.tensor(1.0), inputs),
+        ]
 
     expected = run()
     with shared_products(), nan_in_fresh_memory(), kernel_on_cpu() if kernel else nullcontext():
@@ -226,7 +246,11 @@ def test_slots_through_shared_products_too(shape):
     with shared_products():
         actual = experts(x)
     inputs, cotangent = [x, *experts.parameters()], torch.randn_like(x)
-    pairs = zip([actual, *gradients(actual, cotangent, inputs)], [expected, *gradients(expected, cotangent, inputs)], strict=True)
+    pairs = zip(
+        [actual, *gradients(actual, cotangent, inputs)],
+        [expected, *gradients(expected, cotangent, inputs)],
+        strict=True,
+    )
     for got, wanted in pairs:
         assert_close(got, wanted, may_vanish=shape[0] == 0)
 
@@ -250,7 +274,10 @@ def test_autocast_reaches_shared_products_by_hand():
     assert_close(actual.float(), expected.float(), 0.02)
     actual.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in [rows, *experts.parameters()])
-    with pytest.raises(ValueError, match=r"x must have the dtype of the experts, torch.float32, or run under autocast, got torch.bfloat16"):
+    with pytest.raises(
+        ValueError,
+        match=r"x must have the dtype of the experts, torch.float32, or run under autocast, got torch.bfloat16",
+    ):
         run_shared(experts.experts, rows.bfloat16(), ends)
 
 
@@ -274,7 +301,9 @@ SPECIAL = {
     "assigned forward": lambda expert: setattr(expert, "forward", lambda x: x),
     "other dtype": lambda expert: expert.double(),
     "evaluation of one": lambda expert: expert.eval(),
-    "tensor subclass": lambda expert: setattr(expert.net[0], "weight", nn.Parameter(expert.net[0].weight.detach().as_subclass(Own))),
+    "tensor subclass": lambda expert: setattr(
+        expert.net[0], "weight", nn.Parameter(expert.net[0].weight.detach().as_subclass(Own))
+    ),
 }
 
 

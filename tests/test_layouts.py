@@ -1,4 +1,6 @@
-"""The two maps between tokens and rows: derivatives of every kind, the same bits in every run, and nothing that reaches dead rows."""
+"""The two maps between tokens and rows: derivatives of every kind, the same bits in every run, and nothing that reaches
+dead rows.
+"""
 
 import pytest
 import torch
@@ -64,9 +66,13 @@ def test_straight_through_is_the_derivative_of_scaling_by_one(layout):
     cotangent = torch.randn(int(is_sent.sum()), 4, dtype=torch.float64)
 
     def first_order(function, x, gates):
-        return torch.func.grad(lambda x, gates: (function(x, gates) * cotangent).sum().square(), argnums=(0, 1))(x, gates)
+        return torch.func.grad(lambda x, gates: (function(x, gates) * cotangent).sum().square(), argnums=(0, 1))(
+            x, gates
+        )
 
-    for mine, theirs in zip(*(jacrev(lambda x, g, f=f: first_order(f, x, g), (0, 1))(x, gates) for f in (dispatched, scaled)), strict=True):
+    for mine, theirs in zip(
+        *(jacrev(lambda x, g, f=f: first_order(f, x, g), (0, 1))(x, gates) for f in (dispatched, scaled)), strict=True
+    ):
         for got, wanted in zip(mine, theirs, strict=True):
             assert_close(got, wanted)
 
@@ -212,7 +218,9 @@ def test_deterministic_mode_passes_and_gives_the_same_bits_twice(k):
         for _ in range(2):
             torch.manual_seed(1)
             outputs, total, *_ = moe(x)
-            results.append([outputs, *torch.autograd.grad((outputs * x.detach().cos()).sum() + total, [x, *moe.parameters()])])
+            results.append(
+                [outputs, *torch.autograd.grad((outputs * x.detach().cos()).sum() + total, [x, *moe.parameters()])]
+            )
     finally:
         torch.use_deterministic_algorithms(False)
     for first, second in zip(*results, strict=True):
@@ -223,7 +231,10 @@ def test_the_whole_layer_has_derivatives_of_forward_mode_and_of_second_order():
     gate = TopNGating(4, 3, policy_train="all", capacity_factor_train=1.0, straight_through_dispatch_tensor=False)
     moe = MoE(4, 3, gate=gate, experts=[Expert(4, 1, prenorm=True) for _ in range(3)]).double()
     x = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
-    names = ["gate.to_gates.weight", *(f"experts.experts.0.net.{name}" for name in ("0.gamma", "1.weight", "2.mult_bias", "3.bias"))]
+    names = [
+        "gate.to_gates.weight",
+        *(f"experts.experts.0.net.{name}" for name in ("0.gamma", "1.weight", "2.mult_bias", "3.bias")),
+    ]
     parameters = [dict(moe.named_parameters())[name].detach().requires_grad_() for name in names]
 
     def layer(x, *parameters):
@@ -245,7 +256,10 @@ def test_sums_off_the_cpu_are_those_of_the_cpu(dtype):
     """Where memory is what takes time, results are summed by other operations, which run on the CPU too."""
     experts = torch.randint(0, 5, (12, 3))  # the number 4 stands for a choice that is not sent
     layout = layouts.rows_layout(experts, 4, 40)
-    y, gates = torch.randn(len(layout.tokens), 6, dtype=dtype), torch.rand(12, 3, dtype=torch.promote_types(dtype, torch.float32))
+    y, gates = (
+        torch.randn(len(layout.tokens), 6, dtype=dtype),
+        torch.rand(12, 3, dtype=torch.promote_types(dtype, torch.float32)),
+    )
     y[layout.offsets[-1] :] = 0
     gates.masked_fill_(experts == 4, 0)
     y, gates = y.requires_grad_(), gates.requires_grad_()

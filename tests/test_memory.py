@@ -30,7 +30,9 @@ def layer_and_experts(n, capacity_factor=1.25):
     layout = routing.rows()
     rows = routing.dispatch(x, layout).detach().requires_grad_()
     torch.manual_seed(1)
-    return bytes_kept(lambda: moe(x), moe.parameters()), bytes_kept(lambda: moe.experts(rows, layout.offsets), moe.parameters())
+    return bytes_kept(lambda: moe(x), moe.parameters()), bytes_kept(
+        lambda: moe.experts(rows, layout.offsets), moe.parameters()
+    )
 
 
 def test_the_layer_keeps_little_more_than_its_experts():
@@ -49,7 +51,9 @@ def test_memory_is_linear_in_the_length_and_dropless_costs_no_slots():
 
 
 def test_a_row_keeps_at_most_three_fifths_of_what_plain_operations_would():
-    """At the README's size: 4 d + 5 h numbers a row with plain operations, which is 34.8 KiB, and the tokens themselves."""
+    """At the README's size: 4 d + 5 h numbers a row with plain operations, which is 34.8 KiB, and the tokens
+    themselves.
+    """
     torch.manual_seed(0)
     moe = MoE(512, 16)
     x = torch.randn(4, 1024, 512, requires_grad=True)

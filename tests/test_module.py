@@ -21,14 +21,27 @@ def same(actual, expected) -> bool:
 
 
 def test_state_dict_is_that_of_0_1_8():
-    expert = {"net.0.weight": (170, 32), "net.0.bias": (170,), "net.1.mult_bias": (85,), "net.2.weight": (32, 85), "net.2.bias": (32,)}
+    expert = {
+        "net.0.weight": (170, 32),
+        "net.0.bias": (170,),
+        "net.1.mult_bias": (85,),
+        "net.2.weight": (32, 85),
+        "net.2.bias": (32,),
+    }
     layer = {"gate.threshold_train": (2,), "gate.threshold_eval": (2,), "gate.to_gates.weight": (4, 32)}
     layer |= {f"experts.experts.{i}.{key}": shape for i in range(4) for key, shape in expert.items()}
     moe = MoE(dim=32, num_experts=4)
     assert {key: tuple(value.shape) for key, value in moe.state_dict().items()} == layer
     assert moe.gate.threshold_train.tolist() == pytest.approx([1e-9, 0.2])
 
-    feed_forward = {"0.gamma": (32,), "1.weight": (170, 32), "1.bias": (170,), "2.mult_bias": (85,), "3.weight": (32, 85), "3.bias": (32,)}
+    feed_forward = {
+        "0.gamma": (32,),
+        "1.weight": (170, 32),
+        "1.bias": (170,),
+        "2.mult_bias": (85,),
+        "3.weight": (32, 85),
+        "3.bias": (32,),
+    }
     block = {f"moe.{key}": shape for key, shape in layer.items()} | {"moe_prenorm.gamma": (32,)}
     block |= {f"{name}.net.{key}": shape for name in ("ff_before", "ff_after") for key, shape in feed_forward.items()}
     built = SparseMoEBlock(moe, add_ff_before=True)
@@ -53,7 +66,17 @@ def test_attributes_that_clients_read():
 def test_names_and_signatures_of_0_1_8():
     from st_moe_pytorch import st_moe_pytorch as old
 
-    for name in ("GEGLU", "AllGather", "Expert", "Experts", "MoE", "ModuleList", "RMSNorm", "SparseMoEBlock", "TopNGating"):
+    for name in (
+        "GEGLU",
+        "AllGather",
+        "Expert",
+        "Experts",
+        "MoE",
+        "ModuleList",
+        "RMSNorm",
+        "SparseMoEBlock",
+        "TopNGating",
+    ):
         assert isinstance(getattr(old, name), type)
     assert old.MoE is MoE
     assert old.exists(0)
@@ -73,7 +96,13 @@ def test_names_and_signatures_of_0_1_8():
         "capacity_factor_eval",
         "gating_top_n",
     ]
-    assert names[8:13] == ["balance_loss_coef", "router_z_loss_coef", "experts", "straight_through_dispatch_tensor", "differentiable_topk"]
+    assert names[8:13] == [
+        "balance_loss_coef",
+        "router_z_loss_coef",
+        "experts",
+        "straight_through_dispatch_tensor",
+        "differentiable_topk",
+    ]
 
 
 def test_import_needs_no_process_group_and_no_test_package():
@@ -209,7 +238,9 @@ def test_forward_hooks_of_experts_see_their_tokens():
 
 def test_a_shared_expert_gets_the_sum_of_its_gradients():
     shared = Expert(8).double()
-    moe = MoE(8, 3, gate=TopNGating(8, 3, policy_train="all", capacity_factor_train=None), experts=[shared] * 3).double()
+    moe = MoE(
+        8, 3, gate=TopNGating(8, 3, policy_train="all", capacity_factor_train=None), experts=[shared] * 3
+    ).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     # all experts being one and all gates summing to one, the layer is that expert
     expected = shared(x)
@@ -217,7 +248,9 @@ def test_a_shared_expert_gets_the_sum_of_its_gradients():
     # eps is in the denominator of the gates
     assert_close(actual, expected, 1e-8)
     parameters = list(shared.parameters())
-    for gradient, wanted in zip(gradients(actual, cotangent, parameters), gradients(expected, cotangent, parameters), strict=True):
+    for gradient, wanted in zip(
+        gradients(actual, cotangent, parameters), gradients(expected, cotangent, parameters), strict=True
+    ):
         assert_close(gradient, wanted, 1e-8)
 
 
@@ -248,11 +281,15 @@ def test_built_experts_keep_their_own_settings():
 
 
 @pytest.mark.parametrize(
-    ("build", "lost"), [(GEGLU, "dim"), (lambda dim: TopNGating(dim, 2), "policy_train"), (lambda dim: MoE(dim, 2).experts, "parallel")]
+    ("build", "lost"),
+    [(GEGLU, "dim"), (lambda dim: TopNGating(dim, 2), "policy_train"), (lambda dim: MoE(dim, 2).experts, "parallel")],
 )
 def test_whole_modules_of_older_versions_say_to_load_their_state_dicts(build, lost):
     module = build(8)
     assert pickle.loads(pickle.dumps(module)).state_dict().keys() == module.state_dict().keys()
     del vars(module)[lost]
-    with pytest.raises(RuntimeError, match=f"was pickled by another version .* lacks '{lost}': save its state_dict\\(\\) there and load"):
+    with pytest.raises(
+        RuntimeError,
+        match=f"was pickled by another version .* lacks '{lost}': save its state_dict\\(\\) there and load",
+    ):
         pickle.loads(pickle.dumps(module))

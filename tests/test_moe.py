@@ -16,7 +16,9 @@ from torch.func import functional_call
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock, TopNGating
 
 
-def build(k=2, e=5, dim=6, capacity_factor=0.6, *, straight_through=True, experts=None, policy="all", **gate_kwargs) -> MoE:
+def build(
+    k=2, e=5, dim=6, capacity_factor=0.6, *, straight_through=True, experts=None, policy="all", **gate_kwargs
+) -> MoE:
     """A float64 layer with distinct experts, in training mode with a deterministic policy."""
     gate = TopNGating(
         dim,
@@ -83,7 +85,9 @@ def test_all_layouts_equal_the_definition(k, capacity_factor, straight_through):
     cotangent = torch.randn_like(x)
     expected = with_layout(moe, "definition")(x, mask)
     expected_gradients = gradients(expected, cotangent, inputs)
-    for actual in [with_layout(moe, layout)(x, mask) for layout in ("rows", "slots", "dense")] + [moe(x, mask=mask).outputs]:
+    for actual in [with_layout(moe, layout)(x, mask) for layout in ("rows", "slots", "dense")] + [
+        moe(x, mask=mask).outputs
+    ]:
         assert_close(actual, expected)
         for gradient, wanted in zip(gradients(actual, cotangent, inputs), expected_gradients, strict=True):
             assert_close(gradient, wanted, may_vanish=capacity_factor == 0.6)
@@ -100,7 +104,9 @@ def test_layouts_agree_where_tokens_are_regrouped_by_priority(differentiable_top
     for layout in ("rows", "slots"):
         actual = with_layout(moe, layout)(x)
         assert_close(actual, expected)
-        for gradient, wanted in zip(gradients(actual, cotangent, inputs), gradients(expected, cotangent, inputs), strict=True):
+        for gradient, wanted in zip(
+            gradients(actual, cotangent, inputs), gradients(expected, cotangent, inputs), strict=True
+        ):
             assert_close(gradient, wanted)
 
 
@@ -147,7 +153,9 @@ def test_padding_changes_nothing_at_equal_capacity():
 
     padded = run(x, mask, draws)
     assert (padded.outputs[~mask] == 0).all()
-    alone = [run(sequence.requires_grad_(), None, draws[i : i + 1, : lengths[i]]) for i, sequence in enumerate(sequences)]
+    alone = [
+        run(sequence.requires_grad_(), None, draws[i : i + 1, : lengths[i]]) for i, sequence in enumerate(sequences)
+    ]
     for i, result in enumerate(alone):
         assert_close(padded.outputs[i, : lengths[i]], result.outputs[0])
     assert_close(padded.balance_loss, sum(result.balance_loss for result in alone) / 2)
@@ -158,7 +166,8 @@ def test_padding_changes_nothing_at_equal_capacity():
     parameters = list(moe.parameters())
     actual = gradients(padded.outputs, cotangent, [x, *parameters])
     expected = [
-        gradients(result.outputs, cotangent[i : i + 1, : lengths[i]], [sequences[i], *parameters]) for i, result in enumerate(alone)
+        gradients(result.outputs, cotangent[i : i + 1, : lengths[i]], [sequences[i], *parameters])
+        for i, result in enumerate(alone)
     ]
     for i, length in enumerate(lengths):
         assert_close(actual[0][i, :length], expected[i][0][0])
@@ -166,7 +175,9 @@ def test_padding_changes_nothing_at_equal_capacity():
     for gradient, *parts in zip(actual[1:], expected[0][1:], expected[1][1:], strict=True):
         assert_close(gradient, parts[0] + parts[1], may_vanish=True)
     (actual_loss,) = gradients(padded.balance_loss, torch.tensor(1.0), [moe.gate.to_gates.weight])
-    expected_loss = [gradients(result.balance_loss, torch.tensor(0.5), [moe.gate.to_gates.weight])[0] for result in alone]
+    expected_loss = [
+        gradients(result.balance_loss, torch.tensor(0.5), [moe.gate.to_gates.weight])[0] for result in alone
+    ]
     assert_close(actual_loss, sum(expected_loss))
 
 
@@ -191,7 +202,9 @@ def test_a_nan_token_or_expert_reaches_only_the_tokens_that_use_it(layout):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(2, 7, 6), (7, 6), (2, 3, 4, 6), (1, 1, 6), (0, 5, 6), (3, 0, 6), (0, 6), (2, 0, 3, 6)])
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 6), (7, 6), (2, 3, 4, 6), (1, 1, 6), (0, 5, 6), (3, 0, 6), (0, 6), (2, 0, 3, 6)]
+)
 @pytest.mark.parametrize("kind", [MoE, SparseMoEBlock])
 def test_shapes(kind, shape, training):
     layer = build(capacity_factor=1.25)
@@ -298,7 +311,9 @@ def test_an_overridden_or_hooked_gate_decides_by_its_dense_tensors():
     for actual, wanted in zip(hooked, expected, strict=True):
         assert_close(actual, wanted)
     inputs = [x, *moe.parameters()]
-    for actual, wanted in zip(gradients(hooked[0], cotangent, inputs), gradients(expected[0], cotangent, inputs), strict=True):
+    for actual, wanted in zip(
+        gradients(hooked[0], cotangent, inputs), gradients(expected[0], cotangent, inputs), strict=True
+    ):
         assert_close(actual, wanted)
     handle.remove()
 
@@ -400,12 +415,28 @@ def test_experts_are_kept_by_identity():
 
 
 def test_gating_arguments_reach_the_gate():
-    moe = MoE(6, 5, 4, 0.1, 0.3, 1, 3, 3, straight_through_dispatch_tensor=False, differentiable_topk=True, differentiable_topk_fused=False)
+    moe = MoE(
+        6,
+        5,
+        4,
+        0.1,
+        0.3,
+        1,
+        3,
+        3,
+        straight_through_dispatch_tensor=False,
+        differentiable_topk=True,
+        differentiable_topk_fused=False,
+    )
     gate = moe.gate
     assert gate.threshold_train.tolist() == pytest.approx([1e-9, 0.1, 0.1])
     assert gate.threshold_eval.tolist() == pytest.approx([1e-9, 0.3, 0.3])
     assert (gate.capacity_factor_train, gate.capacity_factor_eval, gate.top_n, gate.num_gates) == (1, 3, 3, 5)
-    assert (gate.straight_through_dispatch_tensor, gate.differentiable_topk, gate.differentiable_topk_fused) == (False, True, False)
+    assert (gate.straight_through_dispatch_tensor, gate.differentiable_topk, gate.differentiable_topk_fused) == (
+        False,
+        True,
+        False,
+    )
 
 
 def test_block_is_three_residual_steps():

@@ -1,4 +1,6 @@
-"""Pictures are drawn from real records, and the page says of every token where it went, in a real browser if there is one."""
+"""Pictures are drawn from real records, and the page says of every token where it went, in a real browser if there is
+one.
+"""
 
 import re
 import shutil
@@ -78,7 +80,12 @@ def test_page_tells_every_choice_of_every_token(records, row):
                 at = row, place, rank
                 assert int(expert) == routing.indices[at]
                 assert float(gate) == pytest.approx(float(routing.gates[at]), abs=0.0051)
-                flags = {"kept": routing.kept, "dropped": routing.dropped, "not asked": routing.not_asked, "padding": routing.masked}
+                flags = {
+                    "kept": routing.kept,
+                    "dropped": routing.dropped,
+                    "not asked": routing.not_asked,
+                    "padding": routing.masked,
+                }
                 assert flags[fate][at]
 
 
@@ -94,8 +101,15 @@ CHROMIUM = shutil.which("chromium")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_page_in_a_browser(records, tmp_path):
     (tmp_path / "page.html").write_text(text_page(TOKENS, records), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --disable-component-update"
+    flags += " --disable-background-networking"
+    command = [
+        CHROMIUM,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path / 'page.html'}",
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert [text for text, _ in Spans(dom).sections[0]] == TOKENS
     assert "Where tokens go" in unescape(dom)

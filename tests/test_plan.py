@@ -1,4 +1,6 @@
-"""Plans from recorded logits against layers really built with those settings, and audits against layers known to be causal or not."""
+"""Plans from recorded logits against layers really built with those settings, and audits against layers known to be
+causal or not.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,12 @@ SETTINGS = {
 }
 
 
-OTHER_GATE = {"threshold_train": [0.3, 0.6], "capacity_factor_train": 0.8, "policy_train": "threshold", "min_expert_capacity": 1}
+OTHER_GATE = {
+    "threshold_train": [0.3, 0.6],
+    "capacity_factor_train": 0.8,
+    "policy_train": "threshold",
+    "min_expert_capacity": 1,
+}
 OTHER_THRESHOLDS = {1: [], 2: [0.3], 3: [0.3, 0.6], 4: [0.3, 0.6, 0.6]}
 
 
@@ -32,7 +39,9 @@ def test_rerouted_logits_are_what_a_gate_with_the_settings_decides(name, masked)
     check_rerouted(TopNGating(8, 4), gate, x, mask, SETTINGS[name])
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_n": 1}, {"top_n": 2}, {"top_n": 4}, {"capacity_factor_train": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_n": 1}, {"top_n": 2}, {"top_n": 4}, {"capacity_factor_train": 2.0}], ids=str
+)
 def test_what_is_not_changed_stays_as_the_gate_has_it(changes):
     torch.manual_seed(0)
     thresholds = OTHER_THRESHOLDS[changes.get("top_n", 3)]
@@ -81,7 +90,9 @@ def test_plans_count_what_the_layer_would_do():
         assert chosen.balance_loss == pytest.approx(sum(r.balance_loss.item() for r in routed) / 2)
         assert chosen.router_z_loss == pytest.approx(sum(r.router_z_loss.item() for r in routed) / 2)
         assert chosen.flops_per_token == pytest.approx(rows * 2 * 3 * 8 * hidden)
-        assert chosen.padded_flops_per_token == pytest.approx(2 * 3 * 4 * routed[0].capacity / tokens * 2 * 3 * 8 * hidden)
+        assert chosen.padded_flops_per_token == pytest.approx(
+            2 * 3 * 4 * routed[0].capacity / tokens * 2 * 3 * 8 * hidden
+        )
         assert chosen.bytes_per_token == pytest.approx(rows * 4 * 8 * 2 * 3 / 4)
     assert plans["dropless"].dropped == 0 < plans["tight"].dropped
     table = plan_table(plans).splitlines()
@@ -166,7 +177,9 @@ class Told(nn.Module):
 
 def test_audit_finds_a_dependence_on_a_single_token_or_row():
     last = torch.arange(12) == 11
-    found = audit_dependence(Told(lambda x: x + x.roll(-1, dims=1)), X)  # the next token, and for the last one the first
+    found = audit_dependence(
+        Told(lambda x: x + x.roll(-1, dims=1)), X
+    )  # the next token, and for the last one the first
     assert torch.equal(found.on_later_tokens, ~last.expand(3, 12))
     found = audit_dependence(Told(lambda x: x + x.roll(-1, dims=0)), X)  # the next row, and for the last one the first
     assert found.on_other_rows.all()

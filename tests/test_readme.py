@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not any(part.startswith((".", "runs")) for part in path.relative_to(ROOT).parts[:-1]))
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith((".", "runs")) for part in path.relative_to(ROOT).parts[:-1])
+)
 MANY_RANKS = {"README.md": "## Many ranks", "st_moe_pytorch/distributed/README.md": "# Experts on many ranks"}
 """Where the part of a page begins whose blocks run in tests/distributed."""
 
@@ -39,7 +43,11 @@ def test_the_pages_are_those_that_are_meant():
         "st_moe_pytorch/tools/README.md",
     }
     for page in PAGES:
-        assert set(re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)) <= {"python", "bash", "bibtex"}, page
+        assert set(re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)) <= {
+            "python",
+            "bash",
+            "bibtex",
+        }, page
 
 
 def anchors_of(text):

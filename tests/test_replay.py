@@ -116,11 +116,15 @@ def test_what_was_recorded_is_chosen_where_weights_have_moved():
     for name, (routing,) in again.items():
         recorded = records[name][0]
         for field in ("indices", "slots", "kept", "asked", "capacity"):
-            assert torch.equal(torch.as_tensor(getattr(routing, field)), torch.as_tensor(getattr(recorded, field))), field
+            assert torch.equal(torch.as_tensor(getattr(routing, field)), torch.as_tensor(getattr(recorded, field))), (
+                field
+            )
         assert not torch.equal(routing.indices, free[name][0].indices)
         probabilities = routing.logits.double().softmax(dim=-1).gather(-1, recorded.indices)
         assert_close(routing.gates.double(), probabilities / probabilities.sum(dim=-1, keepdim=True), 1e-6)
-        share = torch.stack([(recorded.indices[..., 0] == expert).double().mean(dim=1) for expert in range(routing.num_experts)], dim=-1)
+        share = torch.stack(
+            [(recorded.indices[..., 0] == expert).double().mean(dim=1) for expert in range(routing.num_experts)], dim=-1
+        )
         balance = routing.num_experts * (share * routing.logits.double().softmax(dim=-1).mean(dim=1)).sum(dim=-1).mean()
         assert_close(routing.balance_loss.double(), balance, 1e-6)
 
@@ -139,10 +143,17 @@ def test_gates_are_those_of_the_noised_logits_of_the_recorded_experts(score):
     assert torch.equal(gate.decide(routing.logits, noised=noised, choices=choices).gates, routing.gates)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_n": 1}, {"score": "sigmoid"}, {"normalize_gates": False, "group_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_n": 1}, {"score": "sigmoid"}, {"normalize_gates": False, "group_size": 4}], ids=str
+)
 def test_gradients_are_those_of_finite_differences(settings):
     torch.manual_seed(0)
-    gate = TopNGating(3, 4, **{"capacity_factor_train": 0.7, "min_expert_capacity": 1} | settings, straight_through_dispatch_tensor=False)
+    gate = TopNGating(
+        3,
+        4,
+        **{"capacity_factor_train": 0.7, "min_expert_capacity": 1} | settings,
+        straight_through_dispatch_tensor=False,
+    )
     moe = MoE(3, 4, expert_hidden_mult=1, gate=gate).double()
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     with record_routing(moe) as records:
@@ -177,12 +188,15 @@ def test_differing_choices_are_those_counted_by_hand(mask):
                 count[0] += sum(expert not in live for expert in recorded.indices[b, n].tolist())
                 count[1] += 3
     assert replay.differing_by_layer == {name: other / all_ for name, (other, all_) in differing.items()}
-    assert replay.differing == sum(other for other, _ in differing.values()) / sum(all_ for _, all_ in differing.values())
+    assert replay.differing == sum(other for other, _ in differing.values()) / sum(
+        all_ for _, all_ in differing.values()
+    )
     assert 0 < replay.differing < 1
 
 
 @pytest.mark.parametrize(
-    ("experts", "indices", "slots"), [(4, torch.uint8, torch.int8), (256, torch.uint8, torch.int8), (257, torch.int16, torch.int16)]
+    ("experts", "indices", "slots"),
+    [(4, torch.uint8, torch.int8), (256, torch.uint8, torch.int8), (257, torch.int16, torch.int16)],
 )
 def test_choices_are_saved_and_loaded_in_few_bytes(experts, indices, slots):
     torch.manual_seed(0)
@@ -216,7 +230,9 @@ def test_choices_are_saved_and_loaded_in_few_bytes(experts, indices, slots):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]], ids=str)
 def test_layers_that_run_again_in_the_backward_take_the_same_record_again(use_reentrant, order, in_another_thread):
-    """Three micro-batches whose backward passes come after all forwards, in any order, as in pipelines, or on threads as on GPUs."""
+    """Three micro-batches whose backward passes come after all forwards, in any order, as in pipelines, or on threads
+    as on GPUs.
+    """
     torch.manual_seed(0)
     plain = Model()
     again = Model(use_reentrant)
@@ -292,7 +308,9 @@ def test_a_backward_without_its_forward_is_refused(others):
 
 
 @pytest.mark.compile
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo, of what a graph begins with
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # by dynamo, of what a graph begins with
 def test_compiled_models_replay_with_a_break_in_the_graph():
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -312,7 +330,9 @@ def test_compiled_models_replay_with_a_break_in_the_graph():
         assert_close(got, expected, 1e-6)
     torch._dynamo.reset()
     with (
-        pytest.raises(torch._dynamo.exc.Unsupported, match="recorded choices are replayed: compile without fullgraph=True"),
+        pytest.raises(
+            torch._dynamo.exc.Unsupported, match="recorded choices are replayed: compile without fullgraph=True"
+        ),
         replay_routing(model, records),
     ):
         torch.compile(model, backend="aot_eager", fullgraph=True)(batches[0])
@@ -335,7 +355,9 @@ def test_layers_that_share_a_gate_and_gates_in_layers_of_another_make():
     model = nn.ModuleDict({"a": MoE(8, 4, gate=gate), "b": MoE(8, 4, gate=gate), "own": Own()}).eval()
 
     def run():
-        return [outputs for x in xs for outputs in (model["a"](x).outputs, model["b"](x.flip(1)).outputs, model["own"](x))]
+        return [
+            outputs for x in xs for outputs in (model["a"](x).outputs, model["b"](x.flip(1)).outputs, model["own"](x))
+        ]
 
     with record_routing(model) as records:
         run()
@@ -407,7 +429,10 @@ def recorded(*shape, **settings):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (lambda: recorded(3, 11), r"record 0 of the layer must have shape \(b n k\) = \(3, 12, 2\) .* got \(3, 11, 2\)"),
+        (
+            lambda: recorded(3, 11),
+            r"record 0 of the layer must have shape \(b n k\) = \(3, 12, 2\) .* got \(3, 11, 2\)",
+        ),
         (lambda: recorded(4, 9), r"record 0 of the layer must have shape \(b n k\) = \(3, 12, 2\) .* got \(4, 9, 2\)"),
         (lambda: recorded(3, 12, top_n=1), r"= \(3, 12, 2\) .* got \(3, 12, 1\)"),
         (lambda: recorded(3, 12, experts=5, num_gates=5), "among 4 experts in groups .* among 5 in"),
@@ -433,7 +458,10 @@ def test_another_mask_is_refused(then, now):
     model, x = Model(), torch.randn(3, 12, 8)
     with record_routing(model) as records:
         model(x, then)
-    with pytest.raises(ValueError, match="mask must be that of record 0 of first, got another one"), replay_routing(model, records):
+    with (
+        pytest.raises(ValueError, match="mask must be that of record 0 of first, got another one"),
+        replay_routing(model, records),
+    ):
         model(x, now)
 
 
@@ -454,16 +482,26 @@ def test_a_call_without_a_record_is_refused_and_records_without_a_call_are_told_
     match = "records must hold every call, but first is called again after the 2 of its records"
     with pytest.raises(ValueError, match=match), replay_routing(model, records):
         run_all(model, x, x, x)
-    other = {"first": records["first"], "block.moe": [records["block.moe"][0], recorded(3, 11, num_gates=5, experts=5)[""][0]]}
+    other = {
+        "first": records["first"],
+        "block.moe": [records["block.moe"][0], recorded(3, 11, num_gates=5, experts=5)[""][0]],
+    }
     with pytest.raises(ValueError, match=r"record 1 of block\.moe must have shape"), replay_routing(model, other):
         run_all(model, x, x)
-    with pytest.warns(UserWarning, match=r"of 2 records of block\.moe, 1 were replayed"), replay_routing(model, records):
+    with (
+        pytest.warns(UserWarning, match=r"of 2 records of block\.moe, 1 were replayed"),
+        replay_routing(model, records),
+    ):
         run_all(lambda x: (model.first(x), model(x)), x)
 
 
 def test_records_of_other_layers_are_refused():
     model = Model()
-    for records, got in (({"first": []}, "first"), ({}, "none"), ({"first": [], "block.moe": [], "third": []}, "first, block.moe, third")):
+    for records, got in (
+        ({"first": []}, "first"),
+        ({}, "none"),
+        ({"first": [], "block.moe": [], "third": []}, "first, block.moe, third"),
+    ):
         with (
             pytest.raises(ValueError, match=f"sparse layers first, block.moe of Model, got those of {got}"),
             replay_routing(model, records),
@@ -489,10 +527,22 @@ class OfOldRoute(TopNGating):
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        (ByPosition(8, 4), "the gate of layer must be a Gate whose decide takes choices= to be replayed, got a ByPosition"),
-        (NoGate(TopNGating(8, 4)), "the gate of layer must be a Gate whose decide takes choices= to be replayed, got a NoGate"),
-        (OfOldRoute(8, 4), "the route of layer must take choices= to be replayed, got one that takes x, noise_gates, noise_mult, mask"),
-        (Overridden(8, 4), "records must hold the calls of layer, got none: its gate decides by dense tensors of its own"),
+        (
+            ByPosition(8, 4),
+            "the gate of layer must be a Gate whose decide takes choices= to be replayed, got a ByPosition",
+        ),
+        (
+            NoGate(TopNGating(8, 4)),
+            "the gate of layer must be a Gate whose decide takes choices= to be replayed, got a NoGate",
+        ),
+        (
+            OfOldRoute(8, 4),
+            "the route of layer must take choices= to be replayed, got one that takes x, noise_gates, noise_mult, mask",
+        ),
+        (
+            Overridden(8, 4),
+            "records must hold the calls of layer, got none: its gate decides by dense tensors of its own",
+        ),
     ],
     ids=["decide", "no gate", "route", "forward"],
 )
@@ -509,7 +559,10 @@ def test_a_route_that_does_not_hand_choices_on_is_told_of():
     route = moe.gate.route
     moe.gate.route = lambda x, *args, **_: route(-x)
     with (
-        pytest.raises(RuntimeError, match=r"the route of the layer must hand its choices= on to that of Gate: it has decided by itself"),
+        pytest.raises(
+            RuntimeError,
+            match=r"the route of the layer must hand its choices= on to that of Gate: it has decided by itself",
+        ),
         replay_routing(moe, records),
     ):
         moe(x)

@@ -25,8 +25,8 @@ def test_first_choices_are_served_before_second_ones():
 def example(gates: Tensor | None = None) -> Routing:
     """Two sequences of two tokens, three experts with one slot each.
 
-    Sequence 0: both tokens choose expert 2 first, so the second one is dropped there; only token 0 asks for a second expert, 0.
-    Sequence 1: token 0 goes to expert 1 and does not ask for expert 0; token 1 is padding.
+    Sequence 0: both tokens choose expert 2 first, so the second one is dropped there; only token 0 asks for a second
+    expert, 0. Sequence 1: token 0 goes to expert 1 and does not ask for expert 0; token 1 is padding.
     """
     if gates is None:
         gates = torch.tensor([[[0.75, 0.25], [0.5, 0.5]], [[0.875, 0.125], [0.6, 0.4]]])

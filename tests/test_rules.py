@@ -1,4 +1,6 @@
-"""The rules of the house: what imports what, how large things may be, where torch's private names are, what tests have to vary."""
+"""The rules of the house: what imports what, how large things may be, where torch's private names are, what tests have
+to vary.
+"""
 
 import ast
 import inspect
@@ -13,7 +15,20 @@ from planted_faults import FAULTS, ROOT
 
 import st_moe_pytorch
 import st_moe_pytorch.distributed
-from st_moe_pytorch.tools import audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch
+from st_moe_pytorch.tools import (
+    audit,
+    balance,
+    count,
+    draws,
+    export,
+    finetune,
+    pictures,
+    plan,
+    replay,
+    swap,
+    upcycle,
+    watch,
+)
 
 PACKAGE = ROOT / "st_moe_pytorch"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -22,7 +37,7 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 # imports only point up this list
 ORDER = [
     *("compat", "checks", "topk", "losses", "layouts", "routing"),
-    *("gate", "gating", "expert_choice", "grouped", "layers"),
+    *("gate", "gating", "expert_choice", "looped", "grouped", "layers"),
     *(
         "distributed.compat",
         "distributed.placement",
@@ -33,12 +48,21 @@ ORDER = [
     ),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),
-    *("tools.compat", "tools.upcycle", "tools.draws", "tools.watch", "tools.balance", "tools.replay", "tools.find", "tools.swap"),
+    *(
+        "tools.compat",
+        "tools.upcycle",
+        "tools.draws",
+        "tools.watch",
+        "tools.balance",
+        "tools.replay",
+        "tools.find",
+        "tools.swap",
+    ),
     *("tools.plan", "tools.audit", "tools.pictures", "tools.finetune", "tools.count", "tools.export", "tools"),
     "st_moe_pytorch",
 ]
 
-MOST_CODE = {"st_moe_pytorch": 1750, "distributed": 900, "tools": 1400}
+MOST_CODE = {"st_moe_pytorch": 1850, "distributed": 900, "tools": 1400}
 
 
 def name_of(path: Path) -> str:
@@ -80,9 +104,13 @@ def test_sizes():
         assert len(path.read_text().splitlines()) <= 300, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno + 1 - (len(inspect.cleandoc(ast.get_docstring(node) or "").splitlines())) <= 60, (
-                    node.name
-                )
+                assert (
+                    node.end_lineno
+                    - node.lineno
+                    + 1
+                    - (len(inspect.cleandoc(ast.get_docstring(node) or "").splitlines()))
+                    <= 60
+                ), node.name
     for room, total in totals.items():
         assert total <= MOST_CODE[room], f"{room}: {total} lines of code"
 
@@ -93,7 +121,11 @@ def test_private_names_of_others_are_in_one_file():
         if path.name == "compat.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and node.attr not in ("_replace", "_asdict", "_fields"):
+            if (
+                isinstance(node, ast.Attribute)
+                and re.match(r"_[a-z]", node.attr)
+                and node.attr not in ("_replace", "_asdict", "_fields")
+            ):
                 owner = node.value.id if isinstance(node.value, ast.Name) else ""
                 assert owner in ("self", "cls"), f"{path.name}:{node.lineno}: {ast.unparse(node)}"
 
@@ -117,7 +149,9 @@ def public_functions():
     modules = [st_moe_pytorch, st_moe_pytorch.distributed]
     found = {f"{name}": getattr(module, name) for module in modules for name in module.__all__}
     for module in (audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch):
-        found |= {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        found |= {
+            name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+        }
     for name, value in found.items():
         if inspect.isclass(value):
             methods = {key: getattr(value, key) for key in vars(value) if not key.startswith("_") or key == "__init__"}

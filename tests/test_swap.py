@@ -82,7 +82,13 @@ X = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().man
 COTANGENT = torch.randn(2, 10, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-WHERE = {"pattern": "layers.*.mlp", "shorter pattern": "**.mlp", "parts": ("**.mlp",), "type": Feed, "types": (Feed, nn.Conv1d)}
+WHERE = {
+    "pattern": "layers.*.mlp",
+    "shorter pattern": "**.mlp",
+    "parts": ("**.mlp",),
+    "type": Feed,
+    "types": (Feed, nn.Conv1d),
+}
 
 
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
@@ -133,7 +139,9 @@ def test_make_gets_what_it_replaces():
 def test_nothing_is_changed_when_the_call_is_wrong():
     model = Model()
     with pytest.raises(
-        ValueError, match=r"where must match modules of the model, got '\*.ffn'; there are layers.\*.norm, layers.\*.mlp, .*, layers"
+        ValueError,
+        match=r"where must match modules of the model, got '\*.ffn'; there are layers.\*.norm, "
+        r"layers.\*.mlp, .*, layers",
     ):
         sparsify(model, "*.ffn", make)
     made = iter([make(), nn.Linear(DIM, DIM)])
@@ -142,11 +150,15 @@ def test_nothing_is_changed_when_the_call_is_wrong():
     assert all(type(layer.mlp) is Feed for layer in model.layers)
 
 
-@pytest.mark.parametrize("where", ["layers.*.mlp", Feed, "layers.*"], ids=["the layers", "their experts", "what holds them"])
+@pytest.mark.parametrize(
+    "where", ["layers.*.mlp", Feed, "layers.*"], ids=["the layers", "their experts", "what holds them"]
+)
 def test_sparse_layers_are_not_swapped_again(where):
     model = sparsify(Model(), "layers.1.mlp", lambda ffn: MoE.from_dense(ffn, DIM, 4))
     before = dict(model.named_modules())
-    with pytest.raises(ValueError, match=r"where must match dense feed-forwards, got .*, but layers\.1.* is sparse already"):
+    with pytest.raises(
+        ValueError, match=r"where must match dense feed-forwards, got .*, but layers\.1.* is sparse already"
+    ):
         sparsify(model, where, lambda ffn: MoE.from_dense(ffn, DIM, 4))
     assert dict(model.named_modules()) == before
 
@@ -323,7 +335,9 @@ def test_compiled_models_give_the_same_losses_without_recompiling():
 
 
 class Trainer:
-    """What `AuxLossTrainer` asks of transformers' Trainer, which divides a loss by the accumulated batches unless the model did."""
+    """What `AuxLossTrainer` asks of transformers' Trainer, which divides a loss by the accumulated batches unless the
+    model did.
+    """
 
     current_gradient_accumulation_steps = 4
 

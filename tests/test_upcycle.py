@@ -25,7 +25,9 @@ def test_layer_starts_as_the_dense_one(kind, top_n, dtype, tolerance):
     ffn = feed_forwards(16)[kind].to(dtype)
     x = torch.randn(3, 20, 16, dtype=dtype)
     for straight_through in (True, False):
-        moe = MoE.from_dense(ffn, 16, 8, gating_top_n=top_n, straight_through_dispatch_tensor=straight_through).to(dtype)
+        moe = MoE.from_dense(ffn, 16, 8, gating_top_n=top_n, straight_through_dispatch_tensor=straight_through).to(
+            dtype
+        )
         for training in (True, False):
             torch.testing.assert_close(moe.train(training)(x).outputs, ffn(x), rtol=tolerance, atol=tolerance)
 
@@ -96,7 +98,9 @@ def test_experts_of_a_layer_average_as_their_list_does_and_sharded_ones_say_wher
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in mean.state_dict().items())
     moe.experts.experts.add_module("1", None)  # as on a rank that holds two of three
     for experts in (moe.experts, moe.experts.experts):
-        with pytest.raises(ValueError, match=r"must all be on this rank to be averaged: load .*full_state_dict\(model\)"):
+        with pytest.raises(
+            ValueError, match=r"must all be on this rank to be averaged: load .*full_state_dict\(model\)"
+        ):
             average_experts(experts)
 
 

@@ -1,4 +1,6 @@
-"""What `TopNGating` can do beyond the paper, against loops: serving by token, sigmoid scores, gates as they are, a bias, jitter."""
+"""What `TopNGating` can do beyond the paper, against loops: serving by token, sigmoid scores, gates as they are, a
+bias, jitter.
+"""
 
 import math
 from contextlib import nullcontext
@@ -16,7 +18,9 @@ from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify, swapped
 
 
 def route_by_loops(logits, draws, mask, *, top_n, policy, threshold, capacity, priority, score, normalize, bias):
-    """One group at a time: experts, gates and slots (-1 for none) of every choice, and the balance loss; tensors of logits (b n e)."""
+    """One group at a time: experts, gates and slots (-1 for none) of every choice, and the balance loss; tensors of
+    logits (b n e).
+    """
     b, n, e = logits.shape
     experts, gates, slots = [], [], [[[-1] * top_n for _ in range(n)] for _ in range(b)]
     losses = []
@@ -33,7 +37,12 @@ def route_by_loops(logits, draws, mask, *, top_n, policy, threshold, capacity, p
 
         def asks(t, r, g=g, weights=weights, real=real):
             gate = weights[t][r].item()
-            by_policy = {"all": True, "none": False, "threshold": gate > threshold, "random": draws[g, t, r].item() < gate / threshold}
+            by_policy = {
+                "all": True,
+                "none": False,
+                "threshold": gate > threshold,
+                "random": draws[g, t, r].item() < gate / threshold,
+            }
             return real[t] and (r == 0 or by_policy[policy])
 
         if priority == "token":
@@ -88,7 +97,9 @@ def test_routing_is_that_of_the_loops(priority, score, normalize, biased, top_n)
     routing = gate.decide(logits, mask=mask, draws=draws)
     bias = gate.bias.tolist() if biased else [0.0] * 5
     settings = {"top_n": top_n, "policy": policy, "threshold": 0.25, "capacity": routing.capacity, "priority": priority}
-    experts, gates, slots, balance = route_by_loops(logits, draws, mask, **settings, score=score, normalize=normalize, bias=bias)
+    experts, gates, slots, balance = route_by_loops(
+        logits, draws, mask, **settings, score=score, normalize=normalize, bias=bias
+    )
     assert routing.capacity == max(int(9 * 0.4 * top_n / 5), 1)
     assert routing.indices.tolist() == experts
     assert routing.slots.tolist() == slots
@@ -166,9 +177,20 @@ def test_a_bias_is_a_buffer_of_its_own_that_nothing_in_a_forward_changes():
 
 
 def variant(shared=True, bias=False, **experts):
-    """A layer of all that is new: three choices with sigmoid scores as gates, experts without bias, and a shared one."""
+    """A layer of all that is new: three choices with sigmoid scores as gates, experts without bias, and a shared
+    one.
+    """
     torch.manual_seed(0)
-    gate = TopNGating(6, 5, top_n=3, score="sigmoid", normalize_gates=False, balance_bias=True, priority="token", policy_train="threshold")
+    gate = TopNGating(
+        6,
+        5,
+        top_n=3,
+        score="sigmoid",
+        normalize_gates=False,
+        balance_bias=True,
+        priority="token",
+        policy_train="threshold",
+    )
     gate.capacity_factor_train = 1.5
     experts = experts or {"experts": [Expert(6, 2, bias=bias, prenorm=True) for _ in range(5)]}
     moe = MoE(6, 5, gate=gate, shared_expert=Expert(6, 1, bias=False) if shared else None, **experts).double()
@@ -242,7 +264,9 @@ def test_padding_of_a_shared_expert_may_hold_anything():
 
 def test_a_shared_expert_of_another_width_is_refused():
     moe = MoE(6, 2, shared_expert=nn.Linear(6, 1))
-    with pytest.raises(ValueError, match=r"shared_expert must return the shape of the experts' results, \(1, 3, 6\), got \(1, 3, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"shared_expert must return the shape of the experts' results, \(1, 3, 6\), got \(1, 3, 1\)"
+    ):
         moe(torch.randn(1, 3, 6))
 
 

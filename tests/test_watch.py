@@ -236,7 +236,9 @@ def test_compiled_layers_are_recorded_too():
 
 
 def counted_by_hand(routings):
-    """Tokens, choices asked for and kept by expert, dropped and not asked for by position, tokens without expert, sum of z^2."""
+    """Tokens, choices asked for and kept by expert, dropped and not asked for by position, tokens without expert, sum
+    of z^2.
+    """
     experts = routings[0].num_experts
     count = {"tokens": 0, "asked": [0] * experts, "kept": [0] * experts, "alone": 0, "z": 0.0}
     count |= {name: [0] * 12 for name in ("choices", "dropped", "not_asked")}
@@ -284,9 +286,13 @@ def test_figures_are_those_counted_by_hand(mask):
             "router_z": count["z"] / count["tokens"],
         }
         assert scalars == pytest.approx(expected, rel=1e-12)
-        by_position = [dropped / max(choices, 1) for dropped, choices in zip(count["dropped"], count["choices"], strict=True)]
+        by_position = [
+            dropped / max(choices, 1) for dropped, choices in zip(count["dropped"], count["choices"], strict=True)
+        ]
         assert stats.dropped_by_position().tolist() == pytest.approx(by_position)
-        by_position = [missing / max(choices, 1) for missing, choices in zip(count["not_asked"], count["choices"], strict=True)]
+        by_position = [
+            missing / max(choices, 1) for missing, choices in zip(count["not_asked"], count["choices"], strict=True)
+        ]
         assert stats.not_asked_by_position().tolist() == pytest.approx(by_position)
 
 
@@ -358,7 +364,9 @@ def stats_of(tokens, asked):
     zeros, total = torch.zeros(tokens, dtype=torch.int64), torch.tensor(tokens)
     ones = torch.ones(tokens, dtype=torch.int64)
     counts = torch.tensor(asked)
-    return RoutingStats(total, counts, counts, 2 * ones, zeros, ones, torch.tensor(0), torch.tensor(0.0, dtype=torch.float64))
+    return RoutingStats(
+        total, counts, counts, 2 * ones, zeros, ones, torch.tensor(0), torch.tensor(0.0, dtype=torch.float64)
+    )
 
 
 def test_what_is_told_of_a_collapse():
@@ -434,7 +442,10 @@ def test_gates_that_decide_by_tensors_of_their_own_are_told_of():
             model.other(x)
         return records
 
-    with pytest.warns(UserWarning, match="nothing was recorded of layer: the gate decides"), pytest.warns(UserWarning, match="quadratic"):
+    with (
+        pytest.warns(UserWarning, match="nothing was recorded of layer: the gate decides"),
+        pytest.warns(UserWarning, match="quadratic"),
+    ):
         records = run()
     assert {name: len(routings) for name, routings in records.items()} == {"layer": 0, "other": 1}
 

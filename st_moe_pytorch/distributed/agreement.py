@@ -23,14 +23,17 @@ def gather_counts(
     channel: Channel,
     device: torch.device | None,
 ) -> tuple[list[list[int]], bool]:
-    """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many experts.
+    """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many
+    experts.
 
-    It carries a checksum of the agreement, what has to be equal on all ranks, and one of copies, the trainable parameters that other
-    ranks hold too, with those ranks. Where ranks differ in either, the same RuntimeError is raised on all of them.
+    It carries a checksum of the agreement, what has to be equal on all ranks, and one of copies, the trainable
+    parameters that other ranks hold too, with those ranks. Where ranks differ in either, the same RuntimeError is
+    raised on all of them.
     """
     message = [crc32(repr(agreement).encode()), int(needs_grad), _claims(copies, channel.rank), *counts]
     start, end = 3, len(message)
-    # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where sizes differ
+    # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where
+    # sizes differ
     gathered = _gather_integers(message[:MESSAGE] + [0] * (MESSAGE - end), channel, device)
     checksums, needed, claims = zip(*(line[:start] for line in gathered), strict=True)
     if len(set(checksums)) > 1:
@@ -38,19 +41,30 @@ def gather_counts(
     if sum(claims):
         raise RuntimeError(unequal_copies(copies, channel))
     if end > MESSAGE:
-        gathered = [first + rest for first, rest in zip(gathered, _gather_integers(message[MESSAGE:], channel, device), strict=True)]
+        gathered = [
+            first + rest
+            for first, rest in zip(gathered, _gather_integers(message[MESSAGE:], channel, device), strict=True)
+        ]
     return [line[start:end] for line in gathered], any(needed)
 
 
-def agree_with_replicas(copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device | None) -> tuple[bool, str | None]:
-    """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
+def agree_with_replicas(
+    copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device | None
+) -> tuple[bool, str | None]:
+    """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one
+    collective.
+    """
     holders = dict.fromkeys(copies, range(replicas.size))
-    claims, needed = zip(*_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True)
+    claims, needed = zip(
+        *_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True
+    )
     return any(needed), unequal_copies(holders, replicas) if sum(claims) else None
 
 
 def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
-    """A number whose sum over ranks is zero where all holders of every copy have it: one of them weighs as much as all others together."""
+    """A number whose sum over ranks is zero where all holders of every copy have it: one of them weighs as much as all
+    others together.
+    """
     return sum(crc32(name.encode()) * (len(ranks) - 1 if rank == ranks[0] else -1) for name, ranks in copies.items())
 
 
@@ -76,19 +90,24 @@ def require_agreement(agreement: Mapping[str, str], channel: Channel) -> None:
         for rank, theirs in enumerate(everyone):
             ranks.setdefault(theirs.get(key, "absent"), []).append(str(rank))
         if len(ranks) > 1:
-            differences.append(f"{key}: " + ", ".join(f"{value} on rank {' '.join(where)}" for value, where in ranks.items()))
+            differences.append(
+                f"{key}: " + ", ".join(f"{value} on rank {' '.join(where)}" for value, where in ranks.items())
+            )
     if differences:
         layers = " / ".join(dict.fromkeys(theirs["layer"] for theirs in everyone))
         raise RuntimeError(f"{layers}: the ranks differ, where they must agree, in " + "; ".join(differences[:3]))
 
 
 def unequal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> str | None:
-    """Which parameter is trainable on some of the ranks that hold it, and not on others: the same words on all ranks."""
+    """Which parameter is trainable on some of the ranks that hold it, and not on others: the same words on all
+    ranks.
+    """
     everyone = gather_objects(dict(copies), channel)
     for name, ranks in {name: ranks for theirs in everyone for name, ranks in theirs.items()}.items():
         if frozen := [rank for rank in ranks if name not in everyone[rank]]:
             return (
-                f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and frozen or missing on rank "
+                f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and "
+                "frozen or missing on rank "
                 f"{', '.join(map(str, frozen))}: set its requires_grad alike on all of them"
             )
     return None
@@ -97,15 +116,17 @@ def unequal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> str
 def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype:
     """The widest dtype of what all ranks' experts returned, whose width is one, in one collective of two numbers.
 
-    Raises RuntimeError where experts of another rank failed; and the same one on all ranks where widths differ or a dtype is none of a
-    real number.
+    Raises RuntimeError where experts of another rank failed; and the same one on all ranks where widths differ or a
+    dtype is none of a real number.
     """
     dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
     code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
     gathered = _gather_integers([code, width], channel, results[0].device)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if FAILED in codes:
-        failed = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(gather_objects(None, channel)) if reason)
+        failed = "; ".join(
+            f"rank {rank}: {reason}" for rank, reason in enumerate(gather_objects(None, channel)) if reason
+        )
         raise RuntimeError(f"{channel.layer}: experts failed on {failed}")
     if len(widths) > 1 or NO_NUMBER in codes:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -18,11 +18,14 @@ def check_expert_parallel(
 ) -> dict[str, float]:
     """Prove on your own experts and ranks that sharding changes nothing but rounding; nothing is kept of it.
 
-    moe: an unsharded MoE layer with deterministic experts; that of rank 0 counts. x (b n d): this rank's tokens, of any b and n.
-    In float64, outputs and gradients of a random function of the layer, sharded over the ranks, are compared with those of one process.
+    moe: an unsharded MoE layer with deterministic experts; that of rank 0 counts. x (b n d): this rank's tokens, of any
+        b and n.
+    In float64, outputs and gradients of a random function of the layer, sharded over the ranks, are compared with those
+    of one process.
 
-    Prints on rank 0 and returns on all ranks the largest relative error ``max |a - b| / max |b|`` of each tensor; about 1e-15 is exact.
-    NaN, printed as "no gradient", stands for a trainable parameter that got none: nothing is proved of it.
+    Prints on rank 0 and returns on all ranks the largest relative error ``max |a - b| / max |b|`` of each tensor; about
+    1e-15 is exact. NaN, printed as "no gradient", stands for a trainable parameter that got none: nothing is proved of
+    it.
     """
     group = group_names(process_group)[0]
     channel = Channel("check_expert_parallel", group)
@@ -38,7 +41,10 @@ def check_expert_parallel(
     outputs, loss = _random_function(ddp, tokens, channel.rank)
     loss.backward()
 
-    pairs = {"outputs": (outputs, results[channel.rank][0]), "gradient of x": (tokens.grad, xs[channel.rank].grad * channel.size)}
+    pairs = {
+        "outputs": (outputs, results[channel.rank][0]),
+        "gradient of x": (tokens.grad, xs[channel.rank].grad * channel.size),
+    }
     expected = dict(single.named_parameters(remove_duplicate=False))
     trained = {name: p for name, p in sharded.named_parameters(remove_duplicate=False) if p.requires_grad}
     pairs |= {f"gradient of {name}": (p.grad, expected[name].grad) for name, p in trained.items()}
@@ -47,7 +53,10 @@ def check_expert_parallel(
         for name, error in theirs.items():
             worst[name] = error if math.isnan(error) else max(worst.get(name, 0.0), error)
     if channel.rank == 0:
-        print(*(f"{'no gradient' if math.isnan(error) else f'{error:.1e}':>11}  {name}" for name, error in worst.items()), sep="\n")
+        print(
+            *(f"{'no gradient' if math.isnan(error) else f'{error:.1e}':>11}  {name}" for name, error in worst.items()),
+            sep="\n",
+        )
     return worst
 
 

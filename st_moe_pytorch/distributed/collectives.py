@@ -1,7 +1,7 @@
 """Collectives that autograd can differentiate; each states its adjoint. Axes: r ranks, t rows, d width.
 
-Built on the one collective that every backend has for uneven sizes: gloo gathers, reduces and scatters equal sizes only, and its
-all-to-all exists for single tensors only.
+Built on the one collective that every backend has for uneven sizes: gloo gathers, reduces and scatters equal sizes
+only, and its all-to-all exists for single tensors only.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,9 @@ from st_moe_pytorch.distributed.compat import group_named
 
 
 class Channel(NamedTuple):
-    """A process group and the layer that talks in it. The group goes by its name, since a module with a group cannot be copied or saved."""
+    """A process group and the layer that talks in it. The group goes by its name, since a module with a group cannot be
+    copied or saved.
+    """
 
     layer: str
     group_name: str | None = None
@@ -28,7 +30,8 @@ class Channel(NamedTuple):
         """The process group, the default one for no name. Raises RuntimeError where there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
-                f"{self.layer} works over several ranks, but there is no process group: call torch.distributed.init_process_group first"
+                f"{self.layer} works over several ranks, but there is no process group: call "
+                "torch.distributed.init_process_group first"
             )
         if self.group_name is None:
             return dist.group.WORLD  # pyright: ignore[reportReturnType] - there is one, where it is initialised
@@ -49,7 +52,9 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Run a collective of torch.distributed in the group; an error of it, such as a timeout, gets the names of layer and rank."""
+        """Run a collective of torch.distributed in the group; an error of it, such as a timeout, gets the names of
+        layer and rank.
+        """
         try:
             collective(*args, group=self.group, **kwargs)
         except RuntimeError as error:
@@ -62,7 +67,8 @@ class Channel(NamedTuple):
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], channel: Channel) -> Tensor:
     """Send ``sent[rank]`` consecutive rows of x (t ...) to each rank -> the rows received from each, by rank.
 
-    Linear in the rows of all ranks; its adjoint sends the gradients of rows back where they came from: itself, splits swapped.
+    Linear in the rows of all ranks; its adjoint sends the gradients of rows back where they came from: itself, splits
+    swapped.
     """
     return _AllToAll.apply(x, list(sent), list(received), channel)
 
@@ -119,7 +125,9 @@ class _UsedForNothing(Function):
 
 
 def scale_gradient(x: Tensor, factor: float, layer: str) -> Tensor:
-    """x itself. Its adjoint multiplies the gradient by factor; a second derivative raises RuntimeError with the layer's name."""
+    """x itself. Its adjoint multiplies the gradient by factor; a second derivative raises RuntimeError with the layer's
+    name.
+    """
     return _ScaleGradient.apply(x, factor, layer)
 
 
@@ -135,7 +143,9 @@ class _ScaleGradient(Function):
 
 
 class _FirstDerivative(Function):
-    """A gradient that may not be differentiated again: parameters' gradients are sums over ranks, which no rank's own loss is made of."""
+    """A gradient that may not be differentiated again: parameters' gradients are sums over ranks, which no rank's own
+    loss is made of.
+    """
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, layer: str) -> Tensor:
@@ -145,18 +155,24 @@ class _FirstDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         raise RuntimeError(
-            f"{ctx.layer}: second derivatives through experts on several ranks are not supported; run it on one rank for them"
+            f"{ctx.layer}: second derivatives through experts on several ranks are not supported; run it on one "
+            "rank for them"
         )
 
 
 def join_replicas(
-    rows: Tensor, parameters: Sequence[Tensor], holders: Sequence[Sequence[int]], channel: Channel, data_parallel: Channel | None
+    rows: Tensor,
+    parameters: Sequence[Tensor],
+    holders: Sequence[Sequence[int]],
+    channel: Channel,
+    data_parallel: Channel | None,
 ) -> tuple[Tensor, ...]:
     """Rows and parameters themselves, each parameter being a copy of what the ranks ``holders[i]`` of the channel hold.
 
-    Its adjoint lets the gradient of the rows pass and sums that of a parameter over the ranks of ``data_parallel``, then over its holders
-    in rank order, so that all copies get the same bits. Rows come along because a rank's last gradient of an expert must be known before
-    the sums, and these come before the rows' gradients travel on: the same order of collectives on all ranks.
+    Its adjoint lets the gradient of the rows pass and sums that of a parameter over the ranks of ``data_parallel``,
+    then over its holders in rank order, so that all copies get the same bits. Rows come along because a rank's last
+    gradient of an expert must be known before the sums, and these come before the rows' gradients travel on: the same
+    order of collectives on all ranks.
     """
     return _JoinReplicas.apply(list(holders), channel, data_parallel, rows, *parameters)
 
@@ -180,9 +196,15 @@ class _JoinReplicas(Function):
         return None, None, None, rows, *_sum_over_holders(parameters, ctx.holders, ctx.channel, rows.device)
 
 
-def _sum_over_holders(grads: list[Tensor], holders: list[Sequence[int]], channel: Channel, device: torch.device) -> list[Tensor]:
-    """Each gradient summed over its holders in rank order. Every rank of the channel has to call, with gradients or without."""
-    shared = [[i for i, ranks in enumerate(holders) if rank in ranks and len(ranks) > 1] for rank in range(channel.size)]
+def _sum_over_holders(
+    grads: list[Tensor], holders: list[Sequence[int]], channel: Channel, device: torch.device
+) -> list[Tensor]:
+    """Each gradient summed over its holders in rank order. Every rank of the channel has to call, with gradients or
+    without.
+    """
+    shared = [
+        [i for i, ranks in enumerate(holders) if rank in ranks and len(ranks) > 1] for rank in range(channel.size)
+    ]
     # as bytes, because the gradients that two ranks share may have another dtype than those that each has with a third
     wire = [grad.contiguous().flatten().view(torch.uint8) for grad in grads]
     parts = [wire[i] for indices in shared for i in indices]

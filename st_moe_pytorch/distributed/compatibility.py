@@ -1,4 +1,6 @@
-"""The helpers of st-moe-pytorch 0.1.8 under their names, with adjoints that are correct. Nothing in the package needs them."""
+"""The helpers of st-moe-pytorch 0.1.8 under their names, with adjoints that are correct. Nothing in the package needs
+them.
+"""
 
 from collections.abc import Sequence
 
@@ -21,7 +23,8 @@ def gather_sizes(t: Tensor, *, dim: int) -> Tensor:
 def all_gather_variable_dim(t: Tensor, dim: int = 0, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The tensors t of all ranks, joined along dim, and their sizes (r) along it, which need not be equal.
 
-    The gradient of t is the sum over ranks of the gradients of its part. t has to need a gradient on all ranks or on none.
+    The gradient of t is the sum over ranks of the gradients of its part. t has to need a gradient on all ranks or on
+    none.
     """
     sizes = gather_sizes(t, dim=dim) if sizes is None else sizes
     return all_gather(t.movedim(dim, 0), sizes.tolist(), CHANNEL).movedim(0, dim), sizes
@@ -51,5 +54,7 @@ def has_only_one_value(t: Tensor) -> Tensor:
 
 
 def split_by_rank(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """This rank's part of x, one tensor for each rank or a tensor (r ...), and the sizes (r) of all parts along their first axis."""
+    """This rank's part of x, one tensor for each rank or a tensor (r ...), and the sizes (r) of all parts along their
+    first axis.
+    """
     return x[CHANNEL.rank], torch.tensor([part.shape[0] for part in x], device=x[0].device)

@@ -16,7 +16,8 @@ from st_moe_pytorch.distributed.compat import is_reentrant_checkpoint
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
 
-# (numbers of experts, their rows (1 t d), tensors in place of their parameters by number and name) -> their results (1 t d')
+# (numbers of experts, their rows (1 t d), tensors in place of their parameters by number and name) -> their results (1
+# t d')
 Run = Callable[[Sequence[int], Sequence[Tensor], Mapping[int, dict[str, Tensor]]], list[Tensor]]
 
 
@@ -58,7 +59,9 @@ class ExpertParallel(NamedTuple):
         return self.placement.num_ranks * (1 if self.data_parallel is None else self.data_parallel.size)
 
     def holding(self, number: int, name: str) -> tuple[str, Sequence[int]]:
-        """The name of a parameter of an expert that is the same on all ranks that hold it, and those ranks of the channel."""
+        """The name of a parameter of an expert that is the same on all ranks that hold it, and those ranks of the
+        channel.
+        """
         own = f"{number}.{name}"
         return self.ties.get(own, (own, self.placement.holders_of(number)))
 
@@ -69,7 +72,9 @@ class ExpertParallel(NamedTuple):
         return self.sharded and (is_cut or bool(self.ties) or self.data_parallel is not None)
 
     def copies(self, experts: nn.ModuleList) -> list[Copy]:
-        """The trainable parameters of this rank's experts that other ranks hold too, in an order that is the same on all ranks."""
+        """The trainable parameters of this rank's experts that other ranks hold too, in an order that is the same on
+        all ranks.
+        """
         found: dict[nn.Parameter, Copy] = {}
         for number in self.experts if self.has_copies else ():
             for name, parameter in experts[number].named_parameters():
@@ -78,7 +83,9 @@ class ExpertParallel(NamedTuple):
                     found.setdefault(parameter, Copy(key, holders, parameter, [])).places.append((number, name))
         return sorted(found.values(), key=lambda copy: copy.name)
 
-    def exchange(self, rows: Tensor, counts: Sequence[int], needs_grad: bool, copies: Sequence[Copy] = ()) -> "Exchange":
+    def exchange(
+        self, rows: Tensor, counts: Sequence[int], needs_grad: bool, copies: Sequence[Copy] = ()
+    ) -> "Exchange":
         """What travels in one forward of a layer, agreed on by all ranks.
 
         rows (t d) sorted by expert, counts: how many of them each expert gets.
@@ -86,7 +93,8 @@ class ExpertParallel(NamedTuple):
         """
         if self.channel.size != self.placement.num_ranks:
             raise RuntimeError(
-                f"{self.channel.layer}: its experts were sharded over {self.placement.num_ranks} ranks, but its process group has "
+                f"{self.channel.layer}: its experts were sharded over {self.placement.num_ranks} ranks, but its "
+                "process group has "
                 f"{self.channel.size}: build the model anew and shard it over the group that there is now"
             )
         agreement, problem = self._agreement(rows), None
@@ -100,14 +108,20 @@ class ExpertParallel(NamedTuple):
             raise RuntimeError(problem)
         blocks = self.placement.blocks(gathered)
         back = [[sum(source) for source in zip(*held, strict=True)] for held in blocks]
-        return Exchange(self, blocks[self.channel.rank], [list(line) for line in zip(*back, strict=True)], back, needs_grad)
+        return Exchange(
+            self, blocks[self.channel.rank], [list(line) for line in zip(*back, strict=True)], back, needs_grad
+        )
 
     def join_replicas(self, block: Tensor, copies: Sequence[Copy]) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        """A block of rows, and tensors to put in place of the copies, by expert and name, to sum the gradients of all copies."""
+        """A block of rows, and tensors to put in place of the copies, by expert and name, to sum the gradients of all
+        copies.
+        """
         if not self.has_copies:
             return block, {}
         holders = [copy.holders for copy in copies]
-        block, *joined = join_replicas(block, [copy.parameter for copy in copies], holders, self.channel, self.data_parallel)
+        block, *joined = join_replicas(
+            block, [copy.parameter for copy in copies], holders, self.channel, self.data_parallel
+        )
         parameters: dict[int, dict[str, Tensor]] = {}
         for copy, parameter in zip(copies, joined, strict=True):
             for number, name in copy.places:
@@ -141,7 +155,9 @@ class Exchange(NamedTuple):
     needs_grad: bool
 
     def to_experts(self, rows: Tensor) -> list[Tensor]:
-        """This rank's rows (t d), sorted by expert -> a block of rows of all ranks for each expert that is placed here."""
+        """This rank's rows (t d), sorted by expert -> a block of rows of all ranks for each expert that is placed
+        here.
+        """
         if self.needs_grad and not rows.requires_grad:
             rows = rows.detach().requires_grad_()
         arrived = self._scaled(self._send(rows, self.there), self._scale)
@@ -149,7 +165,9 @@ class Exchange(NamedTuple):
         return [torch.cat(parts[i :: len(self.sizes)]) for i in range(len(self.sizes))]
 
     def to_tokens(self, results: Sequence[Tensor]) -> Tensor:
-        """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of any rank's."""
+        """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of
+        any rank's.
+        """
         dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
@@ -161,7 +179,9 @@ class Exchange(NamedTuple):
 
     @property
     def _scale(self) -> int:
-        """Nobody averages the gradients of sharded experts over ranks, so the mean is taken here; those of rows get their size back."""
+        """Nobody averages the gradients of sharded experts over ranks, so the mean is taken here; those of rows get
+        their size back.
+        """
         return self.parallel.num_ranks if self.parallel.sharded else 1
 
     def _scaled(self, rows: Tensor, factor: float) -> Tensor:
@@ -174,7 +194,9 @@ class Exchange(NamedTuple):
 
 
 def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
-    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their gradients."""
+    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their
+    gradients.
+    """
     nodes: list[Any] = [y.grad_fn]
     seen = {None, *(t.grad_fn for t in inputs)}
     while nodes:
@@ -182,15 +204,20 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
             continue
         if is_reentrant_checkpoint(node):
             raise ValueError(
-                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other kind computes "
+                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other "
+                "kind computes "
                 "its gradients apart, where those of the other ranks cannot be added"
             )
         seen.add(node)
         nodes += [node for node, _ in node.next_functions]
 
 
-def run_over_ranks(experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], parallel: ExpertParallel, run: Run) -> Tensor:
-    """Rows (t d) sorted by expert, sizes[i] of them for expert i -> (t d'), each computed by the rank that it is placed on."""
+def run_over_ranks(
+    experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], parallel: ExpertParallel, run: Run
+) -> Tensor:
+    """Rows (t d) sorted by expert, sizes[i] of them for expert i -> (t d'), each computed by the rank that it is placed
+    on.
+    """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
     exchange = parallel.exchange(rows, sizes, needs_grad, copies)
@@ -206,7 +233,9 @@ def run_over_ranks(experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], p
         if not ends_recomputation(error):
             exchange.fail(error, rows.device)
         raise
-    if not parallel.sharded:  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
+    if (
+        not parallel.sharded
+    ):  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
         others = [expert for number, expert in enumerate(experts) if number not in parallel.experts]
         results[0] = used_for_nothing(results[0], *others)
     return exchange.to_tokens(results)

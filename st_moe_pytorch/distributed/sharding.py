@@ -1,8 +1,9 @@
-"""Expert parallelism for whole models: which parameters live where, and what has to know about it. Axes: e experts, r ranks.
+"""Expert parallelism for whole models: which parameters live where, and what has to know about it. Axes: e experts, r
+ranks.
 
-Let R ranks run the same model, each on tokens of its own with a loss L_r. Then all gradients are those of the mean of L_r over ranks, as if
-one process had run each rank's tokens through the whole model: under `data_parallel`, and with experts sharded or not.
-Every rank has to run every forward and every backward, on no tokens if it has none.
+Let R ranks run the same model, each on tokens of its own with a loss L_r. Then all gradients are those of the mean of
+L_r over ranks, as if one process had run each rank's tokens through the whole model: under `data_parallel`, and with
+experts sharded or not. Every rank has to run every forward and every backward, on no tokens if it has none.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,19 +36,24 @@ class Shardable(Protocol):
     def shard(self, parallel: ExpertParallel) -> None: ...
 
 
-def shard_experts(model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | None = None, strategy: str | Strategy = "all_to_all") -> M:
-    """Keep on each rank, in place, only the experts that it owns, under their global names; all of them start as they are on rank 0.
+def shard_experts(
+    model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | None = None, strategy: str | Strategy = "all_to_all"
+) -> M:
+    """Keep on each rank, in place, only the experts that it owns, under their global names; all of them start as they
+    are on rank 0.
 
-    process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the experts are spread
+    process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
+        experts are spread
     over the second one and replicated over the first, and their gradients are averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
 
-    Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut expert are equal.
-    A parameter that several experts have in common gets its gradient from all of them, whatever their ranks.
+    Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut
+    expert are equal. A parameter that several experts have in common gets its gradient from all of them, whatever their
+    ranks.
 
-    Nothing is changed before all ranks have agreed. Raises on all of them ValueError for a model without experts, with sharded ones, with
-    experts inside experts, or with a parameter that is in experts and elsewhere; RuntimeError without a process group, and if the models
-    differ.
+    Nothing is changed before all ranks have agreed. Raises on all of them ValueError for a model without experts, with
+    sharded ones, with experts inside experts, or with a parameter that is in experts and elsewhere; RuntimeError
+    without a process group, and if the models differ.
     """
     check_strategy(strategy)
     groups = group_names(process_group_or_mesh)
@@ -93,7 +99,8 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
     inside = {name: f"{name}.experts.".removeprefix(".") for name in layers}
     for inner in layers:
         if outer := [name or "the model" for name, prefix in inside.items() if inner.startswith(prefix)]:
-            return f"model must not have experts inside experts, whose ranks would wait for each other, but {inner} is inside {outer[0]}"
+            why = "whose ranks would wait for each other"
+            return f"model must not have experts inside experts, {why}, but {inner} is inside {outer[0]}"
     # the experts that have each parameter, by layer, with the number of experts there, on which their ranks depend
     holders: dict[nn.Parameter, dict[str, tuple[int, set[int]]]] = {}
     for name, layer in layers.items():
@@ -105,10 +112,12 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
         if parameter not in holders:
             continue
         if not all(name.startswith(prefixes) for name in names):
-            return f"model must not have a parameter in experts and elsewhere, where it is averaged otherwise: {' is '.join(names)}"
+            why = "where it is averaged otherwise"
+            return f"model must not have a parameter in experts and elsewhere, {why}: {' is '.join(names)}"
         first, *others = holders[parameter].values()
         if any(other != first for other in others):
-            return f"layers that have experts in common must have the same ones under the same numbers, but {' is '.join(names)}"
+            wanted = "the same ones under the same numbers"
+            return f"layers that have experts in common must have {wanted}, but {' is '.join(names)}"
     return None
 
 
@@ -120,7 +129,9 @@ def _names_by_parameter(module: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def ties_of(experts: nn.ModuleList, placement: Placement) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """For every name of a parameter that experts of several ranks have in common: the first of these names, and the ranks."""
+    """For every name of a parameter that experts of several ranks have in common: the first of these names, and the
+    ranks.
+    """
     found = {}
     for same in _names_by_parameter(experts).values():
         numbers = {int(name.split(".")[0]) for name in same}
@@ -137,14 +148,20 @@ def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.ModuleList, ExpertPar
 
 
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of sharded experts, which nothing else may shard or average: ``fully_shard(model, ignored_params=...)``."""
+    """The parameters of sharded experts, which nothing else may shard or average: ``fully_shard(model,
+    ignored_params=...)``.
+    """
     return {parameter for experts, _ in sharded_layers(model).values() for parameter in experts.parameters()}
 
 
-def data_parallel(model: nn.Module, process_group: ProcessGroup | None = None, **options: Any) -> DistributedDataParallel:
-    """The model in torch's DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
+def data_parallel(
+    model: nn.Module, process_group: ProcessGroup | None = None, **options: Any
+) -> DistributedDataParallel:
+    """The model in torch's DistributedDataParallel, which averages the gradients of all but sharded experts over the
+    ranks.
 
-    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of DistributedDataParallel.
+    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of
+        DistributedDataParallel.
     Raises ValueError if gradients of experts come from another number of ranks.
     """
     ranks = dist.get_world_size(process_group)
@@ -162,10 +179,13 @@ def data_parallel(model: nn.Module, process_group: ProcessGroup | None = None, *
 
 
 def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
-    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with those of rank 0."""
+    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with those of rank
+    0.
+    """
     if is_managed_by_ddp(next(experts.parameters(), None)):
         raise RuntimeError(
-            f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten them with those of rank 0; "
+            f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten "
+            "them with those of rank 0; "
             "wrap the model with st_moe_pytorch.distributed.data_parallel instead"
         )
 
@@ -174,7 +194,8 @@ def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm, over the whole model, is at most max_norm.
 
-    Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and layers hold it.
+    Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and
+    layers hold it.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
@@ -212,7 +233,8 @@ def _square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state_dict of the unsharded model, on every rank, which needs the memory for it. A sharded model loads it too, strictly.
+    """The state_dict of the unsharded model, on every rank, which needs the memory for it. A sharded model loads it
+    too, strictly.
 
     Every rank has to call it. For models that fit no rank, ``torch.distributed.checkpoint`` saves each rank's part.
     """
@@ -226,12 +248,16 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def group_names(where: ProcessGroup | DeviceMesh | None) -> list[str | None]:
-    """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are replicated over."""
+    """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are
+    replicated over.
+    """
     ranks: Any = where
     if not hasattr(ranks, "mesh_dim_names"):
         return [None if ranks is None else ranks.group_name]
     if ranks.ndim > 2:
-        raise ValueError(f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}")
+        raise ValueError(
+            f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}"
+        )
     return [ranks.get_group(dimension).group_name for dimension in reversed(range(ranks.ndim))]
 
 

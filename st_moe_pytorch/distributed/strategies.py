@@ -1,7 +1,7 @@
 """Ways for rows to reach the ranks that compute them, and to come back. Axes: e experts, r ranks, t rows, d width.
 
-A strategy is a function, any that follows `Strategy`. It is called twice in a layer: for the rows on their way to the experts, and with
-the traffic reversed for the results on their way back.
+A strategy is a function, any that follows `Strategy`. It is called twice in a layer: for the rows on their way to the
+experts, and with the traffic reversed for the results on their way back.
 """
 
 from itertools import chain
@@ -19,8 +19,8 @@ class Strategy(Protocol):
     def __call__(self, rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tensor:
         """Bring rows to their destinations, differentiably.
 
-        rows (t d): this rank's, sorted by destination. traffic[s][r]: how many go from rank s to rank r, known to all ranks.
-        Result: the rows for this rank, sorted by source.
+        rows (t d): this rank's, sorted by destination. traffic[s][r]: how many go from rank s to rank r, known to all
+        ranks. Result: the rows for this rank, sorted by source.
         """
         ...
 
@@ -38,7 +38,9 @@ def all_to_all(rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tens
 
 
 def all_gather(rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tensor:
-    """Send every row to every rank, which picks its own: as many bytes as ranks, for networks that are best at gathering."""
+    """Send every row to every rank, which picks its own: as many bytes as ranks, for networks that are best at
+    gathering.
+    """
     everything = collectives.all_gather(rows, [sum(sent) for sent in traffic], channel)
     blocks = everything.split(list(chain(*traffic)))
     return torch.cat(blocks[channel.rank :: channel.size])

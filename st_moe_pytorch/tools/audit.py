@@ -15,26 +15,33 @@ class Dependence(NamedTuple):
     on_padding: Tensor
 
     def __str__(self) -> str:
-        words = {"later tokens": self.on_later_tokens, "other rows of the batch": self.on_other_rows, "padding": self.on_padding}
+        words = {
+            "later tokens": self.on_later_tokens,
+            "other rows of the batch": self.on_other_rows,
+            "padding": self.on_padding,
+        }
         lines = []
         for what, moved in words.items():
             places = [tuple(place) for place in moved.nonzero().tolist()]
             named = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
-            lines.append(
-                f"{what}: {f'{len(places)} outputs depend on them: (row, token) {named}' if places else 'no output depends on them'}"
-            )
+            some = f"{len(places)} outputs depend on them: (row, token) {named}"
+            lines.append(f"{what}: {some if places else 'no output depends on them'}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
-def audit_dependence(layer: nn.Module, x: Tensor, mask: Tensor | None = None, seed: int = 0, tolerance: float = 1e-9) -> Dependence:
-    """Find the outputs of a layer that depend on later tokens, on other rows of the batch or on padding, by changing those.
+def audit_dependence(
+    layer: nn.Module, x: Tensor, mask: Tensor | None = None, seed: int = 0, tolerance: float = 1e-9
+) -> Dependence:
+    """Find the outputs of a layer that depend on later tokens, on other rows of the batch or on padding, by changing
+    those.
 
-    layer: a module (b n d) -> outputs (b n d'), alone or first of a tuple, such as `MoE` or a `SparseMoEBlock`, as its mode is. A copy of
-        it runs in float64, with the same random numbers each time, about 2 (n + b) times.
+    layer: a module (b n d) -> outputs (b n d'), alone or first of a tuple, such as `MoE` or a `SparseMoEBlock`, as its
+        mode is. A copy of it runs in float64, with the same random numbers each time, about 2 (n + b) times.
     x (b n d), mask (b n) True for real tokens. tolerance: change that counts as none, relative to the largest output.
 
-    Changed tokens become others of the batch, then random ones. What moves, depends; what does not move might still, on other inputs.
+    Changed tokens become others of the batch, then random ones. What moves, depends; what does not move might still, on
+    other inputs.
     """
     layer, x = deepcopy(layer).double(), x.double()
     if x.ndim != 3:
@@ -53,9 +60,13 @@ def audit_dependence(layer: nn.Module, x: Tensor, mask: Tensor | None = None, se
 
     usual = run(x)
     if not (x[real].isfinite().all() and usual[real].isfinite().all()):
-        raise ValueError("x and the outputs of its real tokens must be finite, since what becomes NaN depends on everything")
+        raise ValueError(
+            "x and the outputs of its real tokens must be finite, since what becomes NaN depends on everything"
+        )
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x[real].std(correction=0).clamp(min=1e-3)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x[real].std(correction=0).clamp(
+        min=1e-3
+    )
     tokens = x[real]
     others = tokens[torch.randint(len(tokens), (b, n), generator=generator)], noise
 

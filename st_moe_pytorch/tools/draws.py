@@ -1,4 +1,6 @@
-"""Random numbers that belong to tokens: the same whatever processes, micro-batches or devices the tokens are spread over."""
+"""Random numbers that belong to tokens: the same whatever processes, micro-batches or devices the tokens are spread
+over.
+"""
 
 import torch
 from torch import Tensor
@@ -11,10 +13,11 @@ WORD = 2**32 - 1  # the bits of a word
 def keyed_draws(seed: int, step: int, layer: int | Tensor, tokens: Tensor, k: int) -> Tensor:
     """Uniform numbers in [0, 1) for the ``draws`` of a forward, by seed, step, layer, token and choice alone.
 
-    tokens: int64, of any shape: number tokens by their place in the whole batch of a step, over ranks and micro-batches.
+    tokens: int64, of any shape: number tokens by their place in the whole batch of a step, over ranks and
+        micro-batches.
     layer: a number or, for several layers at once, an int64 tensor that broadcasts against tokens.
-    Returns (... k) float32, multiples of 2^-24, for k choices of each token: the same bits on every device, without state.
-    Raises ValueError for a seed beyond 63 bits, a step or layer beyond 32, and tokens that are not int64.
+    Returns (... k) float32, multiples of 2^-24, for k choices of each token: the same bits on every device, without
+    state. Raises ValueError for a seed beyond 63 bits, a step or layer beyond 32, and tokens that are not int64.
     """
     check_counts(k=k)
     if tokens.dtype != torch.int64:

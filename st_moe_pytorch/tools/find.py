@@ -1,4 +1,6 @@
-"""Which modules of a model are its feed-forwards, by name or type, and whether a sparse layer can stand in their place."""
+"""Which modules of a model are its feed-forwards, by name or type, and whether a sparse layer can stand in their
+place.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,9 @@ TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
 
 
 class FeedForward(NamedTuple):
-    """A feed-forward of a model: one module or, where the model runs its parts itself, several that follow each other."""
+    """A feed-forward of a model: one module or, where the model runs its parts itself, several that follow each
+    other.
+    """
 
     names: tuple[str, ...]
     module: nn.Module
@@ -31,7 +35,9 @@ class FeedForward(NamedTuple):
 
 
 def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
-    """The feed-forwards that `where` means, as of `sparsify`. Raises ValueError if there is none, or one that is none."""
+    """The feed-forwards that `where` means, as of `sparsify`. Raises ValueError if there is none, or one that is
+    none.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {isinstance(part, type) for part in where} if isinstance(where, tuple) else {isinstance(where, type)}
     if not isinstance(where, str | type | tuple) or len(kinds) != 1:
@@ -41,10 +47,15 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
         columns = [_outermost(name for name in modules if _matches(name, part)) for part in parts]
         if len({len(names) for names in columns}) > 1:
             counts = ", ".join(f"{len(names)} by {part!r}" for names, part in zip(columns, parts, strict=True))
-            raise ValueError(f"where must name equally many first, second and further parts of feed-forwards, found {counts}")
+            raise ValueError(
+                f"where must name equally many first, second and further parts of feed-forwards, found {counts}"
+            )
         found = [_in_a_row(names, [modules[name] for name in names]) for names in zip(*columns, strict=True)]
     else:
-        found = [_whole(name, modules[name]) for name in _outermost(name for name in modules if _is_meant(name, modules[name], where))]
+        found = [
+            _whole(name, modules[name])
+            for name in _outermost(name for name in modules if _is_meant(name, modules[name], where))
+        ]
     for feed_forward in found:
         _refuse_parts_of_torchs_layers(feed_forward, modules)
         _refuse_sparse(feed_forward, modules, where)
@@ -52,7 +63,9 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a dotted name follows a pattern: `*` is any one name between dots or part of one, `**` any number of names."""
+    """Whether a dotted name follows a pattern: `*` is any one name between dots or part of one, `**` any number of
+    names.
+    """
 
     def follow(names: Sequence[str], parts: Sequence[str]) -> bool:
         if not parts:
@@ -95,7 +108,10 @@ def _whole(name: str, module: nn.Module) -> FeedForward:
     """A module, or what torch's own transformer layers have in place of one."""
     if not isinstance(module, TORCH_LAYERS):
         return FeedForward((name,), module)
-    modules = [part if isinstance(part, nn.Module) else _Applied(part) for part in (getattr(module, part) for part in TORCH_PARTS)]
+    modules = [
+        part if isinstance(part, nn.Module) else _Applied(part)
+        for part in (getattr(module, part) for part in TORCH_PARTS)
+    ]
     return _in_a_row([f"{name}.{part}" for part in TORCH_PARTS], modules)
 
 
@@ -111,7 +127,8 @@ def _refuse_parts_of_torchs_layers(feed_forward: FeedForward, modules: dict[str,
         layer = modules.get(parent)
         if isinstance(layer, TORCH_LAYERS) and len(feed_forward.names) < len(TORCH_PARTS):
             raise ValueError(
-                f"where must match a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its feed-forward, got its {part}: in "
+                f"where must match a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its "
+                f"feed-forward, got its {part}: in "
                 "evaluation, torch computes with the weights of its parts and does not call them"
             )
 
@@ -121,21 +138,29 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
     experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
     inner = list(feed_forward.module.named_modules())
     why = None
-    if any(name.startswith(experts) for name in feed_forward.names) or any(isinstance(module, MoE) for _, module in inner):
+    if any(name.startswith(experts) for name in feed_forward.names) or any(
+        isinstance(module, MoE) for _, module in inner
+    ):
         why = "is sparse already, or part of a sparse layer"
-    elif any(name.split(".")[-1] == "experts" or re.search("(?i)moe|experts", type(module).__name__) for name, module in inner):
+    elif any(
+        name.split(".")[-1] == "experts" or re.search("(?i)moe|experts", type(module).__name__)
+        for name, module in inner
+    ):
         why = f"looks like a mixture of experts of the model's own, a {type(feed_forward.module).__name__}"
     if why is not None:
         raise ValueError(f"where must match dense feed-forwards, got {where!r}, but {feed_forward} {why}")
 
 
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
-    """Raise ValueError if a feed-forward cannot be one (b n dim) -> (b n dim), as far as that can be told without running it on data."""
+    """Raise ValueError if a feed-forward cannot be one (b n dim) -> (b n dim), as far as that can be told without
+    running it on data.
+    """
     module = feed_forward.module
     needed = [
         name
         for name, parameter in signature(module.forward).parameters.items()
-        if parameter.default is Parameter.empty and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        if parameter.default is Parameter.empty
+        and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(needed) > 1:
         raise ValueError(f"where must match modules of one input, but {feed_forward} takes {', '.join(needed)}")
@@ -149,17 +174,22 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
     except Exception:
         return  # it may not work without data; if it is of another width, the layer tells in its first forward
     if not isinstance(y, Tensor):
-        raise ValueError(f"where must match modules that return one tensor, but {feed_forward} returns a {type(y).__name__}")
+        raise ValueError(
+            f"where must match modules that return one tensor, but {feed_forward} returns a {type(y).__name__}"
+        )
     if y.shape != (1, 2, dim):
         raise ValueError(
             f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}. "
-            "If the model runs the parts of its feed-forwards one after another, name all of them, in order: where=(first, ..., last)"
+            "If the model runs the parts of its feed-forwards one after another, name all of them, in order: "
+            "where=(first, ..., last)"
         )
 
 
 def nearest(model: nn.Module, where: Where, most: int = 8) -> str:
     """Names of modules, with `*` for numbers, that are most like a pattern."""
     names = dict.fromkeys(re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name) for name, _ in model.named_modules() if name)
-    wanted = where if isinstance(where, str) else " ".join(map(str, where)) if isinstance(where, tuple) else where.__name__
+    wanted = (
+        where if isinstance(where, str) else " ".join(map(str, where)) if isinstance(where, tuple) else where.__name__
+    )
     close = get_close_matches(wanted, names, most, cutoff=0.0)
     return ", ".join(close) + (f" and {len(names) - len(close)} others" if len(names) > len(close) else "")

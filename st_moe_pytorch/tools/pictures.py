@@ -1,4 +1,6 @@
-"""Pictures of routing, for people who would rather look than read. They need matplotlib, but for the page, which needs nothing."""
+"""Pictures of routing, for people who would rather look than read. They need matplotlib, but for the page, which needs
+nothing.
+"""
 
 from collections.abc import Mapping, Sequence, Sized
 from html import escape
@@ -42,9 +44,19 @@ def plot_load(history: Mapping[int, Mapping[str, RoutingStats | Sequence[float]]
         load = torch.stack([_load(history[step][layer]) for step in steps], dim=1)
         experts = load.shape[0]
         image = axes.imshow(
-            load.cpu().numpy(), aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2 / experts
+            load.cpu().numpy(),
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            cmap="RdBu_r",
+            vmin=0,
+            vmax=2 / experts,
         )
-        axes.set(title=f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})", xlabel="step", ylabel="expert")
+        axes.set(
+            title=f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})",
+            xlabel="step",
+            ylabel="expert",
+        )
         shown = range(0, len(steps), max(len(steps) // 8, 1))
         axes.set_xticks(list(shown), [str(steps[place]) for place in shown])
         figure.colorbar(image, ax=axes, extend="max", format=lambda share, _: f"{share:.0%}")
@@ -62,7 +74,9 @@ def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
     for axes, (layer, counted) in zip(panels, stats.items(), strict=True):
         axes.plot(counted.dropped_by_position().cpu().numpy(), label="dropped, expert full")
         axes.plot(counted.not_asked_by_position().cpu().numpy(), label="not asked for, by policy")
-        axes.set(title=layer or "layer", xlabel="position in the sequence", ylabel="share of choices", ylim=(-0.02, 1.02))
+        axes.set(
+            title=layer or "layer", xlabel="position in the sequence", ylabel="share of choices", ylim=(-0.02, 1.02)
+        )
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -87,7 +101,9 @@ def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
     names = list(plans)
     dropped = [chosen.dropped for chosen in plans.values()]
     panels[0].barh(names, dropped, label="dropped, expert full")
-    panels[0].barh(names, [chosen.not_asked for chosen in plans.values()], left=dropped, label="not asked for, by policy")
+    panels[0].barh(
+        names, [chosen.not_asked for chosen in plans.values()], left=dropped, label="not asked for, by policy"
+    )
     panels[0].set(xlabel="share of all choices")
     panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above the bars
     panels[1].barh(names, [chosen.experts_per_token for chosen in plans.values()])
@@ -100,7 +116,8 @@ def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
 
 
 STYLE = """
-body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em; max-width: 60em; color: #222; background: #fff }
+body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em; max-width: 60em;
+  color: #222; background: #fff }
 h1, h2, .hint { font: 15px/1.5 sans-serif } h1 { font-size: 22px } h2 { font-weight: bold }
 .legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
 .none { outline: 1px dashed #c00; background: none }
@@ -120,7 +137,8 @@ def text_page(
 ) -> str:
     """An HTML page that shows where the tokens of a text go: each coloured by its first expert, a section per layer.
 
-    tokens: the n tokens of a row of the batch, as text. records: as of `record_routing`; the first call of each layer is shown.
+    tokens: the n tokens of a row of the batch, as text. records: as of `record_routing`; the first call of each layer
+        is shown.
     title: what stands above them. Pointing at a token tells all its choices, their gates and what became of them.
     """
     _check_not_empty("records", records, RECORD)
@@ -128,18 +146,32 @@ def text_page(
     for layer, routings in records.items():
         routing = routings[0]
         if len(tokens) != routing.indices.shape[1]:
-            raise ValueError(f"tokens must be the {routing.indices.shape[1]} tokens that {layer or 'the layer'} saw, got {len(tokens)}")
+            raise ValueError(
+                f"tokens must be the {routing.indices.shape[1]} tokens that {layer or 'the layer'} saw, got "
+                f"{len(tokens)}"
+            )
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))
-        legend = "".join(f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>' for expert in used)
+        legend = "".join(
+            f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>'
+            for expert in used
+        )
         legend += '<span class="none"> no expert </span>'
-        sections.append(f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>')
+        sections.append(
+            f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>'
+        )
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}<h1>{escape(title)}</h1><p class="hint">{HINT}</p>{"".join(sections)}</html>\n'
+    body = f'<h1>{escape(title)}</h1><p class="hint">{HINT}</p>{"".join(sections)}'
+    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
 def _span(token: str, routing: Routing, row: int, place: int) -> str:
-    fates = {"kept": routing.kept, "dropped": routing.dropped, "not asked": routing.not_asked, "padding": routing.masked}
+    fates = {
+        "kept": routing.kept,
+        "dropped": routing.dropped,
+        "not asked": routing.not_asked,
+        "padding": routing.masked,
+    }
     told = []
     for rank, expert in enumerate(routing.indices[row, place].tolist()):
         fate = next(name for name, flags in fates.items() if flags[row, place, rank])

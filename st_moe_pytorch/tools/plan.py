@@ -16,15 +16,20 @@ from st_moe_pytorch.routing import Routing
 from st_moe_pytorch.tools.watch import RoutingStats
 
 
-def reroute(gate: nn.Module, routing: Routing, *, training: bool = True, draws: Tensor | None = None, **changes: Any) -> Routing:
+def reroute(
+    gate: nn.Module, routing: Routing, *, training: bool = True, draws: Tensor | None = None, **changes: Any
+) -> Routing:
     """Route recorded logits and mask again, as the gate would if these of its arguments were others.
 
-    gate: any `Gate` that keeps its arguments under their names. One that has only a ``route`` cannot decide again: its record stands.
+    gate: any `Gate` that keeps its arguments under their names. One that has only a ``route`` cannot decide again: its
+        record stands.
     training: by the settings for training, with losses, or those for evaluation. draws: as in `Gate.decide`.
     """
     if not isinstance(gate, Gate):
         if changes:
-            raise ValueError(f"settings must be {{}} for a gate that cannot decide again, a {type(gate).__name__}, got {changes}")
+            raise ValueError(
+                f"settings must be {{}} for a gate that cannot decide again, a {type(gate).__name__}, got {changes}"
+            )
         return routing
     experts = routing.num_experts
     other = type(gate)(experts, experts, **settings_of(gate, changes.get("top_n", getattr(gate, "top_n", 1))) | changes)
@@ -63,7 +68,8 @@ class Plan(NamedTuple):
     padded_flops_per_token: float
     """The same where all slots are computed, empty or not, as by ``experts`` of another make."""
     bytes_per_token: float
-    """Sent to other ranks and back, forward and backward, if experts are spread evenly and independently of the tokens."""
+    """Sent to other ranks and back, forward and backward, if experts are spread evenly and independently of the tokens.
+    """
 
 
 @typechecked
@@ -88,7 +94,11 @@ def plan(
             mode = f"{'training' if training else 'evaluation'}: call plan(..., training={not training}) for it"
             raise ValueError(f"settings[{name!r}] must be read in this mode, but {', '.join(vain)} is not in {mode}")
     routings = list(routings)
-    held = sum(expert is not None for expert in moe.experts.experts) if isinstance(moe.experts, Experts) else moe.num_experts
+    held = (
+        sum(expert is not None for expert in moe.experts.experts)
+        if isinstance(moe.experts, Experts)
+        else moe.num_experts
+    )
     flops = 2 * sum(parameter.numel() for parameter in moe.experts.parameters() if parameter.ndim > 1) / held
     plans = {}
     for name, changes in settings.items():

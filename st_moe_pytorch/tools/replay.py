@@ -24,7 +24,8 @@ from st_moe_pytorch.tools.watch import gates_of
 
 
 def choices_of(records: Mapping[str, Iterable[Routing]]) -> dict[str, list[dict[str, Any]]]:
-    """The decisions of a record without what they came from: for each layer and call, the fields of `Choices` as a dict.
+    """The decisions of a record without what they came from: for each layer and call, the fields of `Choices` as a
+    dict.
 
     It holds tensors and numbers only: torch.save writes it, and torch.load reads it with weights_only=True. A choice
     takes 4 bytes for up to 256 experts and 32,768 slots, 3 for up to 128 slots.
@@ -39,11 +40,16 @@ class Replay:
         self.gates = gates_of(model)
         if self.gates.keys() != records.keys():
             there = f"{', '.join(map(_told, self.gates)) or 'none'} of {type(model).__name__}"
-            raise ValueError(f"records must be of the sparse layers {there}, got those of {', '.join(map(_told, records)) or 'none'}")
+            raise ValueError(
+                f"records must be of the sparse layers {there}, got those of {', '.join(map(_told, records)) or 'none'}"
+            )
         self.records = {name: [_as_choices(record) for record in of_layer] for name, of_layer in records.items()}
         self.deciders: dict[nn.Module, tuple[str, Gate]] = {}
         for name, (layer, gate) in self.gates.items():
-            self.deciders[gate if layer is None or is_dense(gate) else layer] = name, _replayable(name, gate, self.records[name])
+            self.deciders[gate if layer is None or is_dense(gate) else layer] = (
+                name,
+                _replayable(name, gate, self.records[name]),
+            )
         self.thread = threading.get_ident()
         self.calls: dict[str, list[_Call]] = {name: [] for name in records}
         self.counts: dict[str, list[Tensor]] = {name: [] for name in records}
@@ -71,11 +77,15 @@ class Replay:
         if again:
             return self._again(name, x)
         if len(calls) == len(self.records[name]):
-            raise ValueError(f"records must hold every call, but {_told(name)} is called again after the {len(calls)} of its records")
+            raise ValueError(
+                f"records must hold every call, but {_told(name)} is called again after the {len(calls)} of its records"
+            )
         choices, which = self.records[name][len(calls)], f"record {len(calls)} of {_told(name)}"
         (b, n), k = x.shape[:2], choices.indices.shape[-1]
         choices.check_fit((b, n, getattr(gate, "top_n", k)), gate.num_gates, gate.groups(b, n), which)
-        choices = choices._replace(**{key: t.to(x.device) for key, t in choices._asdict().items() if isinstance(t, Tensor)})
+        choices = choices._replace(
+            **{key: t.to(x.device) for key, t in choices._asdict().items() if isinstance(t, Tensor)}
+        )
         padding = [torch.zeros_like(choices.asked[..., 0]) if m is None else ~m for m in (mask, choices.mask)]
         if can_be_looked_at(padding[0]) and not torch.equal(*padding):
             raise ValueError(f"mask must be that of {which}, got another one")
@@ -88,7 +98,10 @@ class Replay:
             if module is decider and not is_recomputing():
                 wanted = self.calls[name][-1].choices
                 if can_be_looked_at(routing.indices) and not torch.equal(routing.indices, wanted.indices.long()):
-                    raise RuntimeError(f"the route of {_told(name)} must hand its choices= on to that of Gate: it has decided by itself")
+                    raise RuntimeError(
+                        f"the route of {_told(name)} must hand its choices= on to that of Gate: it has decided "
+                        "by itself"
+                    )
                 with torch.no_grad():
                     draws = torch.zeros_like(routing.gates)
                     free = gate.decide(routing.logits.detach(), mask=routing.mask, draws=draws)
@@ -96,11 +109,18 @@ class Replay:
                 self.counts[name].append(torch.stack(((chosen & ~now).sum(), chosen.sum())))
 
     def _again(self, name: str, x: Tensor) -> Choices:
-        """Those of the call that runs again in the backward. Only its input says which it is; of equal ones, the last."""
-        calls = [(call.distance(x), call.times_again, call) for call in reversed(self.calls[name]) if call.shape == x.shape]
+        """Those of the call that runs again in the backward. Only its input says which it is; of equal ones, the
+        last.
+        """
+        calls = [
+            (call.distance(x), call.times_again, call) for call in reversed(self.calls[name]) if call.shape == x.shape
+        ]
         distance, _, call = min(calls, key=lambda known: known[:2], default=(math.inf, 0, None))
         if call is None or distance > 0.1:
-            raise RuntimeError(f"{_told(name)} runs again in the backward on tokens that it has not seen in this replay: run both in it")
+            raise RuntimeError(
+                f"{_told(name)} runs again in the backward on tokens that it has not seen in this replay: run "
+                "both in it"
+            )
         call.times_again += 1
         return call.choices
 
@@ -128,7 +148,8 @@ class _Call:
 
 @contextmanager
 def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Mapping[str, Any]]]) -> Iterator[Replay]:
-    """Have the sparse layers of a model choose what was recorded, call by call, with gates and losses by the logits of now.
+    """Have the sparse layers of a model choose what was recorded, call by call, with gates and losses by the logits of
+    now.
 
         with record_routing(model) as records:
             model(x)
@@ -162,7 +183,9 @@ def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Ma
         LISTENERS.of_decisions = tuple(other for other in LISTENERS.of_decisions if other is not listen)
     for name, calls in replay.calls.items():
         if len(calls) < len(replay.records[name]):
-            warnings.warn(f"of {len(replay.records[name])} records of {_told(name)}, {len(calls)} were replayed", stacklevel=3)
+            warnings.warn(
+                f"of {len(replay.records[name])} records of {_told(name)}, {len(calls)} were replayed", stacklevel=3
+            )
 
 
 def _as_choices(record: Routing | Mapping[str, Any]) -> Choices:
@@ -173,13 +196,18 @@ def _replayable(name: str, gate: nn.Module, records: Sequence[Choices]) -> Gate:
     """The gate, if it takes what it is to choose."""
     if not isinstance(gate, Gate) or "choices" not in signature(gate.decide).parameters:
         raise ValueError(
-            f"the gate of {_told(name)} must be a Gate whose decide takes choices= to be replayed, got a {type(gate).__name__}"
+            f"the gate of {_told(name)} must be a Gate whose decide takes choices= to be replayed, got a "
+            f"{type(gate).__name__}"
         )
     route = signature(gate.route).parameters
     if "choices" not in route and all(parameter.kind != Parameter.VAR_KEYWORD for parameter in route.values()):
-        raise ValueError(f"the route of {_told(name)} must take choices= to be replayed, got one that takes {', '.join(route)}")
+        raise ValueError(
+            f"the route of {_told(name)} must take choices= to be replayed, got one that takes {', '.join(route)}"
+        )
     if is_dense(gate) and not records:
-        raise ValueError(f"records must hold the calls of {_told(name)}, got none: its gate decides by dense tensors of its own")
+        raise ValueError(
+            f"records must hold the calls of {_told(name)}, got none: its gate decides by dense tensors of its own"
+        )
     return gate
 
 

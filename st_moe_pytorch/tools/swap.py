@@ -1,4 +1,5 @@
-"""Sparse layers in models that someone else wrote: swap feed-forwards, and collect the auxiliary losses without editing the model.
+"""Sparse layers in models that someone else wrote: swap feed-forwards, and collect the auxiliary losses without editing
+the model.
 
 sparsify(model, "transformer.h.*.mlp", lambda ffn: MoE.from_dense(ffn, dim=768, num_experts=8))
 
@@ -28,10 +29,13 @@ from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest
 
 
 class AuxLosses:
-    """What `collect_aux_losses` collects: ``total``, the 0-d sum of the layers' total_aux_loss, each layer once for every call of it."""
+    """What `collect_aux_losses` collects: ``total``, the 0-d sum of the layers' total_aux_loss, each layer once for
+    every call of it.
+    """
 
     def __init__(self) -> None:
-        # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every layer
+        # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every
+        # layer
         self.total: Tensor = torch.zeros((), requires_grad=torch.is_grad_enabled())
 
 
@@ -46,10 +50,12 @@ _COLLECTING = _Collecting()
 
 @contextmanager
 def collect_aux_losses() -> Iterator[AuxLosses]:
-    """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model; add ``total`` to the loss.
+    """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model; add
+    ``total`` to the loss.
 
-    Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers that run again in the backward, for
-    activation checkpointing, are not counted again. In evaluation the total is 0. Of nested blocks, the innermost collects.
+    Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers that run again in the
+    backward, for activation checkpointing, are not counted again. In evaluation the total is 0. Of nested blocks, the
+    innermost collects.
     """
     before, losses = _COLLECTING.losses, AuxLosses()
     _COLLECTING.losses = losses
@@ -60,14 +66,19 @@ def collect_aux_losses() -> Iterator[AuxLosses]:
 
 
 class AuxLossTrainer:
-    """Adds the auxiliary losses to the loss of transformers' Trainer: ``class SparseTrainer(AuxLossTrainer, Trainer): pass``."""
+    """Adds the auxiliary losses to the loss of transformers' Trainer: ``class SparseTrainer(AuxLossTrainer, Trainer):
+    pass``.
+    """
 
-    def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         with collect_aux_losses() as aux:
             loss, outputs = super().compute_loss(  # pyright: ignore[reportAttributeAccessIssue] - of the Trainer
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        # a loss over the items of all accumulated batches is not divided by their number again; decided as the Trainer does
+        # a loss over the items of all accumulated batches is not divided by their number again; decided as the Trainer
+        # does
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -78,7 +89,9 @@ class AuxLossTrainer:
 
 
 class SparseFeedForward(nn.Module):
-    """A sparse layer in place of a feed-forward, from tensor to tensor. Its auxiliary loss goes to `collect_aux_losses`."""
+    """A sparse layer in place of a feed-forward, from tensor to tensor. Its auxiliary loss goes to
+    `collect_aux_losses`.
+    """
 
     def __init__(self, moe: MoE | SparseMoEBlock, name: str = "") -> None:
         super().__init__()
@@ -87,18 +100,23 @@ class SparseFeedForward(nn.Module):
         self.dim: int = moe.dim if isinstance(moe, MoE) else moe.moe.dim
 
     def forward(self, x: Tensor, *others: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
-        """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed as tokens are.
+        """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed
+        as tokens are.
 
         What else the model hands to its feed-forwards has to be None.
         """
         given = [f"argument {place}" for place, other in enumerate(others, 2) if other is not None]
         if given := given + [name for name, other in named.items() if other is not None]:
-            raise ValueError(f"{self.name}: a sparse layer takes tokens and mask=, but its model gives it {', '.join(given)} too")
+            raise ValueError(
+                f"{self.name}: a sparse layer takes tokens and mask=, but its model gives it {', '.join(given)} too"
+            )
         if x.shape[-1] != self.dim:
             raise ValueError(f"{self.name}: x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         outputs, aux_loss, _, _ = self.moe(x, **given_only(mask=mask))
         if outputs.shape != x.shape:
-            raise ValueError(f"{self.name}: experts must keep the width of a feed-forward, {self.dim}, got {outputs.shape[-1]}")
+            raise ValueError(
+                f"{self.name}: experts must keep the width of a feed-forward, {self.dim}, got {outputs.shape[-1]}"
+            )
         if self.training:
             self._hand_over(aux_loss)
         return outputs
@@ -111,7 +129,8 @@ class SparseFeedForward(nn.Module):
         if losses is None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_recomputing():
                 warnings.warn(
-                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run the model inside "
+                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run the "
+                    "model inside "
                     "`with collect_aux_losses() as aux:` and add aux.total to the loss",
                     stacklevel=3,
                 )
@@ -120,7 +139,8 @@ class SparseFeedForward(nn.Module):
             return
         if losses.total.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError(
-                "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients in a training step; "
+                "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients "
+                "in a training step; "
                 "if this is activation checkpointing, choose the kind that keeps them: use_reentrant=False"
             )
         losses.total = losses.total.to(aux_loss.device) + aux_loss
@@ -130,22 +150,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoEBlock], *, every: int = 1) -> M:
-    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place. `swapped` tells of which.
+    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place. `swapped`
+    tells of which.
 
-    where: which modules are swapped. A pattern of their names, such as "encoder.layers.*.mlp", where * is one name between dots or a part
-        of one, and ** any number of names; or their type, or a tuple of types. Of modules inside each other, the outermost is swapped.
-        A feed-forward whose parts the model runs itself is a tuple of patterns, one for each part in order, such as
-        ("bert.encoder.layer.*.intermediate", "bert.encoder.layer.*.output.dense"): the first part is swapped, the others pass on.
-        `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`, by type or name, get their feed-forwards swapped.
-    make: builds the layer for one of them, which it gets, several parts as one `nn.Sequential`. The layer moves to its device, dtype and
-        mode. A feed-forward that is shared gets one layer, as shared.
+    where: which modules are swapped. A pattern of their names, such as "encoder.layers.*.mlp", where * is one name
+        between dots or a part of one, and ** any number of names; or their type, or a tuple of types. Of modules inside
+        each other, the outermost is swapped. A feed-forward whose parts the model runs itself is a tuple of patterns,
+        one for each part in order, such as ("bert.encoder.layer.*.intermediate", "bert.encoder.layer.*.output.dense"):
+        the first part is swapped, the others pass on. `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`, by
+        type or name, get their feed-forwards swapped.
+    make: builds the layer for one of them, which it gets, several parts as one `nn.Sequential`. The layer moves to its
+        device, dtype and mode. A feed-forward that is shared gets one layer, as shared.
     every: of so many feed-forwards that follow each other, only the last is swapped: 4 in ST-MoE (table 11).
 
-    Swap before an optimizer or DistributedDataParallel is built: it would not know the new parameters. Hooks of a feed-forward go with it.
-    Models of transformers initialise in the layers what a checkpoint lacks. To start from a dense checkpoint, load it before the swap.
+    Swap before an optimizer or DistributedDataParallel is built: it would not know the new parameters. Hooks of a
+    feed-forward go with it. Models of transformers initialise in the layers what a checkpoint lacks. To start from a
+    dense checkpoint, load it before the swap.
 
-    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if nothing is found, if what
-    is found is sparse already, or if it is seen to map otherwise; what is not seen, the layer says by name in its first forward.
+    Modules must map one tensor (... d) to one of the same shape. Raises ValueError, with the model unchanged, if
+    nothing is found, if what is found is sparse already, or if it is seen to map otherwise; what is not seen, the layer
+    says by name in its first forward.
     """
     found = feed_forwards(model, where)
     if not found:

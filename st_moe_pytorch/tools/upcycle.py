@@ -1,4 +1,6 @@
-"""Between dense and sparse: copies of a trained feed-forward as experts (Komatsuzaki et al. 2022), and experts averaged into one."""
+"""Between dense and sparse: copies of a trained feed-forward as experts (Komatsuzaki et al. 2022), and experts averaged
+into one.
+"""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,15 +15,18 @@ __all__ = ["average_experts", "dense_copies"]
 
 
 def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> nn.Module:
-    """One dense feed-forward from experts of one shape: a copy of the first, whose parameters and floating-point buffers are the means.
+    """One dense feed-forward from experts of one shape: a copy of the first, whose parameters and floating-point
+    buffers are the means.
 
-    experts: of a layer, ``moe.experts``, or a list of them. Raises ValueError for sharded ones, of which a rank has only some.
+    experts: of a layer, ``moe.experts``, or a list of them. Raises ValueError for sharded ones, of which a rank has
+        only some.
     """
     if isinstance(experts, Experts):
         experts = experts.experts
     if isinstance(experts, nn.ModuleList) and len(list(experts.children())) < len(experts):
         raise ValueError(
-            "experts must all be on this rank to be averaged: load st_moe_pytorch.distributed.full_state_dict(model) into an unsharded "
+            "experts must all be on this rank to be averaged: load "
+            "st_moe_pytorch.distributed.full_state_dict(model) into an unsharded "
             "model and average its experts"
         )
     states = [expert.state_dict() for expert in experts]
@@ -30,7 +35,9 @@ def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> n
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
         different = next(number for number, shape in enumerate(shapes) if shape != shapes[0])
-        raise ValueError(f"experts must have equal parameters to be averaged: expert {different} has others than expert 0")
+        raise ValueError(
+            f"experts must have equal parameters to be averaged: expert {different} has others than expert 0"
+        )
     dense = deepcopy(experts[0])
     means = {
         name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value

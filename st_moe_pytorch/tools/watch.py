@@ -20,27 +20,33 @@ from st_moe_pytorch.routing import Routing
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
-    """Record the routing of every sparse layer of a model: a `Routing`, without gradients, for each call, under the layer's name.
+    """Record the routing of every sparse layer of a model: a `Routing`, without gradients, for each call, under the
+    layer's name.
 
         with record_routing(model) as routings:
             model(x)
         routings["blocks.0.moe"][0].dropped
 
-    Nothing else changes: layers tell what they do, and are not touched. Those are recorded that run in the thread that opened the block,
-    and not again where they run again in the backward. A gate outside of `MoE` is recorded under the name of what holds it. Compiled
-    models are compiled once more. Warns of layers of which nothing can be recorded, since their gates decide by dense tensors of their own,
-    and of a model without sparse layers.
+    Nothing else changes: layers tell what they do, and are not touched. Those are recorded that run in the thread that
+    opened the block, and not again where they run again in the backward. A gate outside of `MoE` is recorded under the
+    name of what holds it. Compiled models are compiled once more. Warns of layers of which nothing can be recorded,
+    since their gates decide by dense tensors of their own, and of a model without sparse layers.
     """
     gates = gates_of(model)
     if not gates:
         warnings.warn(f"nothing is recorded of {type(model).__name__}, which has no sparse layers", stacklevel=3)
     records: dict[str, list[Routing]] = {name: [] for name in gates}
-    deciders = {layer if layer is not None and not is_dense(gate) else gate: records[name] for name, (layer, gate) in gates.items()}
+    deciders = {
+        layer if layer is not None and not is_dense(gate) else gate: records[name]
+        for name, (layer, gate) in gates.items()
+    }
 
     def listen(decider: nn.Module, routing: Routing) -> None:
         for module, record in deciders.items():
             if module is decider and not is_recomputing():
-                detached = {name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)}
+                detached = {
+                    name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)
+                }
                 record.append(routing._replace(**detached))
 
     LISTENERS.of_decisions += (listen,)
@@ -49,11 +55,15 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     finally:
         LISTENERS.of_decisions = tuple(other for other in LISTENERS.of_decisions if other is not listen)
     if silent := [name or "the layer" for name, (_, gate) in gates.items() if is_dense(gate) and not records[name]]:
-        warnings.warn(f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3)
+        warnings.warn(
+            f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3
+        )
 
 
 def gates_of(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
-    """The sparse layers of a model and their gates, and the gates of layers of another make, under the names of their layers."""
+    """The sparse layers of a model and their gates, and the gates of layers of another make, under the names of their
+    layers.
+    """
     gates: dict[str, tuple[MoE | None, nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MoE):
@@ -90,7 +100,9 @@ class RoutingStats:
         if not isinstance(routings, Routing):
             counted = [cls.of(routing) for routing in routings]
             if not counted:
-                raise ValueError("routings must hold at least one routing, got none: did the layer run inside record_routing?")
+                raise ValueError(
+                    "routings must hold at least one routing, got none: did the layer run inside record_routing?"
+                )
             return sum(counted[1:], counted[0])
         r = routings
         real = torch.ones_like(r.kept[..., 0]) if r.mask is None else r.mask
@@ -124,7 +136,9 @@ class RoutingStats:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def over_ranks(self, group: ProcessGroup | None = None) -> "RoutingStats":
-        """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in the same order."""
+        """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in
+        the same order.
+        """
         length = self.choices_at.new_tensor(self.choices_at.numel())
         dist.all_reduce(length, dist.ReduceOp.MAX, group)
         summed = []
@@ -186,14 +200,17 @@ def routing_stats(records: Mapping[str, Iterable[Routing]]) -> dict[str, Routing
 
 
 def write_scalars(writer: Any, stats: Mapping[str, RoutingStats], step: int, prefix: str = "routing") -> None:
-    """Write every layer's scalars with ``writer.add_scalar(tag, value, step)``, as TensorBoard's SummaryWriter has it."""
+    """Write every layer's scalars with ``writer.add_scalar(tag, value, step)``, as TensorBoard's SummaryWriter has
+    it.
+    """
     for layer, counted in stats.items():
         for name, value in counted.scalars().items():
             writer.add_scalar("/".join(filter(None, (prefix, layer, name))), value, step)
 
 
 def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0.5) -> list[str]:
-    """Warn of layers whose load has less entropy than ``least_entropy`` times that of equal load, and return their names.
+    """Warn of layers whose load has less entropy than ``least_entropy`` times that of equal load, and return their
+    names.
 
     Layers that got fewer than ten tokens for each expert are passed over: their load says little.
     """
@@ -206,9 +223,12 @@ def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0
             collapsed.append(layer)
             idle = int((load < 0.1 / experts).sum())
             warnings.warn(
-                f"the router of {layer or 'the layer'} has collapsed: expert {int(load.argmax())} gets {float(load.max()):.0%} of the "
-                f"choices, and {idle} of {experts} experts get less than a tenth of an equal share. Raise balance_loss_coef, lower the "
-                "learning rate, keep router_z_loss_coef above 0, or train with noise_gates=True until the load evens out",
+                f"the router of {layer or 'the layer'} has collapsed: expert {int(load.argmax())} gets "
+                f"{float(load.max()):.0%} of the "
+                f"choices, and {idle} of {experts} experts get less than a tenth of an equal share. Raise "
+                "balance_loss_coef, lower the "
+                "learning rate, keep router_z_loss_coef above 0, or train with noise_gates=True until the load "
+                "evens out",
                 stacklevel=2,
             )
     return collapsed

@@ -1,6 +1,7 @@
 """Runs functions on several processes that form a gloo group, and fails, never hangs, when one of them does.
 
-A test is a module-level function plus one call: ``workers.run(function, *arguments)`` calls ``function(rank, *arguments)`` on every rank.
+A test is a module-level function plus one call: ``workers.run(function, *arguments)`` calls ``function(rank,
+*arguments)`` on every rank.
 """
 
 import datetime
@@ -20,7 +21,9 @@ import torch.distributed as dist
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # what the tests, or DistributedDataParallel when it is built, would else import in each process, which takes seconds
-PROCESSES.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "st_moe_pytorch.distributed"])
+PROCESSES.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "st_moe_pytorch.distributed"]
+)
 
 
 class Workers:
@@ -32,7 +35,9 @@ class Workers:
         self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results of all ranks. Raises AssertionError with the traceback of each rank that failed, or that did not end in time."""
+        """Results of all ranks. Raises AssertionError with the traceback of each rank that failed, or that did not end
+        in time.
+        """
         outcomes = self.outcomes(function, *arguments)
         failures = [f"rank {rank} of {self.size}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
         assert not failures, "\n".join(failures)

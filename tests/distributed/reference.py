@@ -1,4 +1,6 @@
-"""Models and tokens for tests over ranks, and what one process makes of them. Shares no code with the package's own distribution."""
+"""Models and tokens for tests over ranks, and what one process makes of them. Shares no code with the package's own
+distribution.
+"""
 
 import copy
 
@@ -22,7 +24,10 @@ class Stack(nn.Module):
     def __init__(self, num_experts, reentrant=None):
         super().__init__()
         self.before = nn.Linear(DIM, DIM)
-        moes = [MoE(DIM, num_experts, gating_top_n=2, experts=different_experts(num_experts), balance_loss_coef=0.3) for _ in range(2)]
+        moes = [
+            MoE(DIM, num_experts, gating_top_n=2, experts=different_experts(num_experts), balance_loss_coef=0.3)
+            for _ in range(2)
+        ]
         self.blocks = nn.ModuleList([SparseMoEBlock(moe, add_ff_before=True) for moe in moes])
         self.reentrant = reentrant
 
@@ -57,7 +62,9 @@ def loss_of(model, rank, step=0):
 
 
 def train_one_process(model, ranks, steps=3, micro=1, optimizer=None):
-    """AdamW with clipping on the mean of all ranks' losses, which one process computes one after the other -> norms before clipping."""
+    """AdamW with clipping on the mean of all ranks' losses, which one process computes one after the other -> norms
+    before clipping.
+    """
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = []

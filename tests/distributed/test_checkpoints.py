@@ -17,7 +17,9 @@ BATCHES = 4  # the batch is that of four ranks, on whatever number of them
 
 
 def step_of(ddp, optimizer, step):
-    """A step on the global batch, whose parts the ranks take in turns: every rank runs as many forwards, some without weight."""
+    """A step on the global batch, whose parts the ranks take in turns: every rank runs as many forwards, some without
+    weight.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     optimizer.zero_grad()
     for first in range(0, BATCHES, ranks):
@@ -45,16 +47,23 @@ def save(rank, num_experts, path):
     dcp.save(states(ddp, optimizer), checkpoint_id=path)
     full = full_state_dict(ddp.module)
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {k: v for k, v in states(ddp, optimizer)["optimizer"].items() if isinstance(v, torch.Tensor)})
+    dist.all_gather_object(
+        everyone, {k: v for k, v in states(ddp, optimizer)["optimizer"].items() if isinstance(v, torch.Tensor)}
+    )
     if rank == 0:
-        torch.save({"model": full, "optimizer": {name: t for theirs in everyone for name, t in theirs.items()}}, f"{path}/whole.pt")
+        torch.save(
+            {"model": full, "optimizer": {name: t for theirs in everyone for name, t in theirs.items()}},
+            f"{path}/whole.pt",
+        )
 
 
 def load(rank, num_experts, path):
     ddp, optimizer = build(num_experts)
     loaded = states(ddp, optimizer)
     dcp.load(loaded, checkpoint_id=path)
-    set_state_dict(ddp, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=OPTIONS)
+    set_state_dict(
+        ddp, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=OPTIONS
+    )
     whole, now = torch.load(f"{path}/whole.pt"), states(ddp, optimizer)
     assert all(torch.equal(t, whole["model"][name]) for name, t in now["model"].items())
     tensors = {name: t for name, t in now["optimizer"].items() if isinstance(t, torch.Tensor)}
@@ -87,7 +96,9 @@ def test_four_ranks_save_and_any_number_loads_and_trains_on(workers, num_experts
 
 
 def load_full(rank):
-    """The state_dict of a whole model, such as one of 0.1.8, loads strict into a shard, before or after it is in data_parallel."""
+    """The state_dict of a whole model, such as one of 0.1.8, loads strict into a shard, before or after it is in
+    data_parallel.
+    """
     single = stack(3)
     state = {name: t + 1 for name, t in single.state_dict().items()}
     ddp = data_parallel(shard_experts(copy.deepcopy(single)))

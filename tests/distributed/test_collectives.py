@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from st_moe_pytorch.distributed import AllGather, all_gather_variable_dim, gather_sizes, has_only_one_value, pad_dim_to, split_by_rank
+from st_moe_pytorch.distributed import (
+    AllGather,
+    all_gather_variable_dim,
+    gather_sizes,
+    has_only_one_value,
+    pad_dim_to,
+    split_by_rank,
+)
 from st_moe_pytorch.distributed.agreement import gather_counts
 from st_moe_pytorch.distributed.collectives import Channel, all_gather, all_to_all, join_replicas, scale_gradient
 
@@ -48,14 +55,24 @@ def check_all_gather(rank):
 
 def check_join_replicas(rank):
     ranks = dist.get_world_size()
-    holders = [range(0, 2), range(ranks), range(rank, rank + 1)]  # two share the first, all the second, nobody the third
+    holders = [
+        range(0, 2),
+        range(ranks),
+        range(rank, rank + 1),
+    ]  # two share the first, all the second, nobody the third
     held = [i for i, where in enumerate(holders) if rank in where]
     shapes, dtypes = [(3,), (2, 5), (4,)], [torch.bfloat16, torch.float64, torch.float64]
 
     def gradients(r):
-        return [random(*shape, seed=10 * r + i).to(dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
+        return [
+            random(*shape, seed=10 * r + i).to(dtype)
+            for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        ]
 
-    rows, parameters = random(2, 3, seed=7).requires_grad_(), [torch.zeros(shapes[i], dtype=dtypes[i], requires_grad=True) for i in held]
+    rows, parameters = (
+        random(2, 3, seed=7).requires_grad_(),
+        [torch.zeros(shapes[i], dtype=dtypes[i], requires_grad=True) for i in held],
+    )
     joined = join_replicas(rows, parameters, [holders[i] for i in held], CHANNEL, None)
     rows_gradient, *got = torch.autograd.grad(joined, [rows, *parameters], [rows, *(gradients(rank)[i] for i in held)])
     assert torch.equal(rows_gradient, rows)
@@ -81,7 +98,9 @@ def check_replicas_of_other_formats(rank):
 def check_gather_counts(rank):
     ranks = dist.get_world_size()
     for experts in (1, 254, 255, 300, 600):
-        counts, needs_grad = gather_counts([rank * 1000 + e for e in range(experts)], rank == 1, {"layer": "test"}, {}, CHANNEL, None)
+        counts, needs_grad = gather_counts(
+            [rank * 1000 + e for e in range(experts)], rank == 1, {"layer": "test"}, {}, CHANNEL, None
+        )
         assert counts == [[r * 1000 + e for e in range(experts)] for r in range(ranks)]
         assert needs_grad
 
@@ -98,7 +117,9 @@ def check_helpers_of_0_1_8(rank):
         assert torch.equal(gathered, expected)
         assert torch.equal(found, sizes)
         (gradient,) = torch.autograd.grad(gathered, x, ys[rank])
-        torch.testing.assert_close(gradient, sum(y.split(sizes.tolist(), dim=1)[rank] for y in ys), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            gradient, sum(y.split(sizes.tolist(), dim=1)[rank] for y in ys), rtol=1e-13, atol=1e-13
+        )
     mine, found = split_by_rank(expected.split(sizes.tolist(), dim=1))
     assert torch.equal(mine, x)
     assert found.tolist() == [2] * ranks

@@ -1,4 +1,6 @@
-"""Expert parallelism against one process that runs each rank's tokens, one rank after the other, through the unsharded model."""
+"""Expert parallelism against one process that runs each rank's tokens, one rank after the other, through the unsharded
+model.
+"""
 
 import copy
 from unittest.mock import patch
@@ -41,7 +43,9 @@ def loss_of(model, batch, rank):
 
 
 def batch_of(rank, ranks, case):
-    """Tokens of a rank, other ones and of another number on every rank, and where ranks differ none at all on one of them."""
+    """Tokens of a rank, other ones and of another number on every rank, and where ranks differ none at all on one of
+    them.
+    """
     generator = torch.Generator().manual_seed(100 + rank)
     b, n = {"equal": (2, 5), "one expert": (2, 7)}.get(case, (rank % 3 + 1, 3 + 2 * rank))
     if case in ("ragged", "weighted", "experts choose") and rank == ranks // 2 and ranks > 1:
@@ -72,7 +76,9 @@ def one_process(model, ranks, case):
     scale = ranks / sum(weights) if case == "weighted" else 1.0
     results = [loss_of(model, batch, rank) for rank, batch in enumerate(batches)]
     sum(loss * scale / ranks for _, loss in results).backward()
-    return [(outputs, batch[0].grad * ranks) for (outputs, _), batch in zip(results, batches, strict=True)], dict(model.named_parameters())
+    return [(outputs, batch[0].grad * ranks) for (outputs, _), batch in zip(results, batches, strict=True)], dict(
+        model.named_parameters()
+    )
 
 
 def relative_error(got, expected):
@@ -90,7 +96,10 @@ def compare(ddp, rank, ranks, case, expected, gradients):
     outputs, loss = loss_of(ddp, batch, rank)
     scale = ranks / sum(batch_of(r, ranks, case)[3] for r in range(ranks)) if case == "weighted" else 1.0
     (loss * scale).backward()
-    errors = {"outputs": relative_error(outputs, expected[rank][0]), "x": relative_error(batch[0].grad, expected[rank][1])}
+    errors = {
+        "outputs": relative_error(outputs, expected[rank][0]),
+        "x": relative_error(batch[0].grad, expected[rank][1]),
+    }
     for name, parameter in ddp.module.named_parameters():
         errors[name] = relative_error(parameter.grad, gradients[name].grad)
     return errors
@@ -116,7 +125,9 @@ def exactness(rank, num_experts, case):
 # ragged tokens for all numbers of ranks and experts; the other cases take turns, so that each meets all numbers of both
 CASES = [(ranks, number, "ragged") for ranks in RANKS for number in EXPERTS]
 CASES += [
-    (ranks, number, ("equal", "weighted", "one expert")[(i + j) % 3]) for i, ranks in enumerate(RANKS) for j, number in enumerate(EXPERTS)
+    (ranks, number, ("equal", "weighted", "one expert")[(i + j) % 3])
+    for i, ranks in enumerate(RANKS)
+    for j, number in enumerate(EXPERTS)
 ]
 CASES += [(2, 4, "experts choose"), (3, 5, "experts choose")]
 

@@ -1,4 +1,6 @@
-"""What goes wrong ends in an error that says what, where and on which ranks: never in a hang, an abort or swapped tokens."""
+"""What goes wrong ends in an error that says what, where and on which ranks: never in a hang, an abort or swapped
+tokens.
+"""
 
 import copy
 import os
@@ -67,21 +69,45 @@ SAME_ERROR = {
         ({"num_experts": 5},),
         r"shard_experts: .*gate.to_gates.weight: float32 \(4, 6\) on rank 0 2, .*\(5, 6\) on rank 1",
     ),
-    "shapes": (differ_when_sharded, ({"mult": 2},), r"shard_experts: .*float32 \(8, 6\) on rank 0 2, float32 \(16, 6\) on rank 1"),
-    "dtypes": (differ_when_sharded, ({"dtype": torch.float64},), r"float32 \(4, 6\) on rank 0 2, float64 \(4, 6\) on rank 1"),
-    "top_n": (differ_when_sharded, ({"gating_top_n": 3},), r"gate.threshold_train: float32 \(2,\) on rank 0 2, float32 \(3,\) on rank 1"),
+    "shapes": (
+        differ_when_sharded,
+        ({"mult": 2},),
+        r"shard_experts: .*float32 \(8, 6\) on rank 0 2, float32 \(16, 6\) on rank 1",
+    ),
+    "dtypes": (
+        differ_when_sharded,
+        ({"dtype": torch.float64},),
+        r"float32 \(4, 6\) on rank 0 2, float64 \(4, 6\) on rank 1",
+    ),
+    "top_n": (
+        differ_when_sharded,
+        ({"gating_top_n": 3},),
+        r"gate.threshold_train: float32 \(2,\) on rank 0 2, float32 \(3,\) on rank 1",
+    ),
     "strategy": (differ_in_strategy, (), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
     "parts": (differ_in_parts, (), r"shard_experts: .*head.weight: absent on rank 0 2, float32 \(3, 2\) on rank 1"),
     "sharding": (differ_in_sharding, (), "Experts: .*; experts: sharded on rank 0 2, not sharded on rank 1"),
-    "unsharded experts": (differ_unsharded, ({"num_experts": 300}, "all_to_all"), "number of experts: 4 on rank 0 2, 300 on rank 1"),
-    "unsharded strategy": (differ_unsharded, ({}, "all_gather"), "strategy: all_to_all on rank 0 2, all_gather on rank 1"),
+    "unsharded experts": (
+        differ_unsharded,
+        ({"num_experts": 300}, "all_to_all"),
+        "number of experts: 4 on rank 0 2, 300 on rank 1",
+    ),
+    "unsharded strategy": (
+        differ_unsharded,
+        ({}, "all_gather"),
+        "strategy: all_to_all on rank 0 2, all_gather on rank 1",
+    ),
     "width": (other_tokens, (8, torch.float32, True), "moe.experts: .*width of tokens: 6 on rank 0 2, 8 on rank 1"),
     "dtype": (
         other_tokens,
         (DIM, torch.bfloat16, True),
         "moe.experts: .*dtype of tokens: torch.float32 on rank 0 2, torch.bfloat16 on rank 1",
     ),
-    "gradients": (other_tokens, (DIM, torch.float32, False), "moe.experts: .*gradients: recorded on rank 0 2, off on rank 1"),
+    "gradients": (
+        other_tokens,
+        (DIM, torch.float32, False),
+        "moe.experts: .*gradients: recorded on rank 0 2, off on rank 1",
+    ),
     "layer": (skip_a_layer, (), "layer: first.experts on rank 0 2, second.experts on rank 1"),
 }
 
@@ -236,7 +262,8 @@ def results_of_no_number_anywhere(rank):
     [
         (
             results_of_two_widths,
-            "experts: the ranks differ, where they must agree, in width of the experts' results: 3 on rank 0, 4 on rank 1",
+            "experts: the ranks differ, where they must agree, in width of the experts' results: 3 on rank 0, 4 "
+            "on rank 1",
         ),
         (results_of_no_number_anywhere, "float16], got complex64"),
         (results_of_no_number, "in dtype of the experts' results: float32 on rank 0, complex64 on rank 1"),
@@ -262,7 +289,9 @@ def compiled_around_the_exchange(rank):
         assert torch.equal(actual, expected)
         assert all(torch.equal(got, wanted) for got, wanted in pairs)
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True"):
+        with pytest.raises(
+            Exception, match="tokens go to other ranks, in numbers that depend on data: compile without fullgraph=True"
+        ):
             torch.compile(moe, backend="aot_eager", fullgraph=True)(x)
 
 
@@ -311,13 +340,19 @@ def models_in_another_order(rank):
 
 
 ALSO_SAME_ERROR = {
-    "second derivative": (second_derivative, "moe.experts: second derivatives through experts on several ranks are not supported"),
+    "second derivative": (
+        second_derivative,
+        "moe.experts: second derivatives through experts on several ranks are not supported",
+    ),
     "meta": (
         loaded_on_one_rank,
         r"shard_experts: .* weights \(to be loaded before sharding on all ranks, or afterwards on all\): "
         "loaded on rank 0 2, on the meta device on rank 1",
     ),
-    "models": (models_in_another_order, r"moe.experts: the ranks differ, where they must agree, in model: \w+ on rank 0 2, \w+ on rank 1"),
+    "models": (
+        models_in_another_order,
+        r"moe.experts: the ranks differ, where they must agree, in model: \w+ on rank 0 2, \w+ on rank 1",
+    ),
 }
 
 
@@ -359,11 +394,15 @@ def groups_made_again(rank):
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
     assert torch.equal(layer(x).outputs, before)
-    with pytest.raises(RuntimeError, match=r"moe.experts: its process group '\d+' is gone, .*: build the model anew and shard it over"):
+    with pytest.raises(
+        RuntimeError, match=r"moe.experts: its process group '\d+' is gone, .*: build the model anew and shard it over"
+    ):
         own(x)
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(RuntimeError, match=r"moe.experts: its experts were sharded over 2 ranks, but its process group has 1: build"):
+    with pytest.raises(
+        RuntimeError, match=r"moe.experts: its experts were sharded over 2 ranks, but its process group has 1: build"
+    ):
         layer(x)
 
 

@@ -36,7 +36,9 @@ def test_a_cut_expert_takes_rows_in_order_of_their_ranks():
 @given(sizes, sizes, st.data())
 def test_every_row_of_every_expert_is_computed_exactly_once(experts, ranks, data):
     placement = Placement(experts, ranks)
-    counts = data.draw(st.lists(st.lists(st.integers(0, 9), min_size=experts, max_size=experts), min_size=ranks, max_size=ranks))
+    counts = data.draw(
+        st.lists(st.lists(st.integers(0, 9), min_size=experts, max_size=experts), min_size=ranks, max_size=ranks)
+    )
     blocks = placement.blocks(counts)
     for source in range(ranks):
         for expert in range(experts):

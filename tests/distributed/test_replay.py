@@ -1,4 +1,6 @@
-"""Replayed routing over ranks: every rank replays its own tokens, with choices that a file brought from one process or many."""
+"""Replayed routing over ranks: every rank replays its own tokens, with choices that a file brought from one process or
+many.
+"""
 
 import pytest
 import torch
@@ -54,7 +56,9 @@ def check(rank, folder, strategy, reentrant):
     assert max(differing) > 0.1
     with record_routing(expected) as free:
         loss_of(expected, 0)
-    assert any(not torch.equal(routing.indices, again[name][0].indices) for name, (routing,) in free.items()) or rank > 0
+    assert (
+        any(not torch.equal(routing.indices, again[name][0].indices) for name, (routing,) in free.items()) or rank > 0
+    )
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

@@ -69,7 +69,9 @@ class Schedule:
 
     def expert(self, number):
         kind = self.draw.choice(["expert", "linear", "checkpointed", "reentrant", "normed"])
-        made = nn.Linear(DIM, DIM) if kind == "linear" else Expert(DIM, self.draw.choice([1, 2]), prenorm=kind == "normed")
+        made = (
+            nn.Linear(DIM, DIM) if kind == "linear" else Expert(DIM, self.draw.choice([1, 2]), prenorm=kind == "normed")
+        )
         if kind == "checkpointed" or (kind == "reentrant" and (number % self.ranks or self.replicas > 1)):
             made = Checkpointed(made, False)
         elif kind == "reentrant":
@@ -108,7 +110,9 @@ class Schedule:
 class Residual(nn.Module):
     def __init__(self, layers):
         super().__init__()
-        self.before = nn.Linear(DIM, DIM).double()  # so that tokens need gradients, without which one kind of checkpointing gives none
+        self.before = nn.Linear(
+            DIM, DIM
+        ).double()  # so that tokens need gradients, without which one kind of checkpointing gives none
         self.layers = layers
 
     def forward(self, x, mask):

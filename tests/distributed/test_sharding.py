@@ -1,4 +1,6 @@
-"""Sharded models in training: with optimizers, clipping, checkpointing, meshes, FSDP2, copies and checks of their own."""
+"""Sharded models in training: with optimizers, clipping, checkpointing, meshes, FSDP2, copies and checks of their
+own.
+"""
 
 import copy
 import io
@@ -124,7 +126,9 @@ def check_fully_shard(rank):
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=sharded_parameters(model))
     loss_of(model, rank).backward()
     assert relative_error(clip_grad_norm_(model, 1.0), norm) < 1e-12
-    name, error = largest_error(model, expected, of=lambda p: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad)
+    name, error = largest_error(
+        model, expected, of=lambda p: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    )
     assert error < 1e-12, (name, error)
     assert any(hasattr(p, "full_tensor") for p in model.parameters())
 
@@ -243,14 +247,27 @@ def check_the_check(rank):
     torch.manual_seed(rank)
     moe = MoE(DIM, 4, experts=different_experts(4))
     errors = check_expert_parallel(moe, torch.randn(rank, 3, DIM), strategy="all_gather")
-    assert {"outputs", "gradient of x", "gradient of gate.to_gates.weight", "gradient of experts.experts.3.net.0.weight"} <= set(errors)
+    assert {
+        "outputs",
+        "gradient of x",
+        "gradient of gate.to_gates.weight",
+        "gradient of experts.experts.3.net.0.weight",
+    } <= set(errors)
     assert max(errors.values()) < 1e-12, errors
-    for expert in moe.experts.experts:  # experts that mix their tokens depend on who else sends some, which has to be seen
+    for (
+        expert
+    ) in moe.experts.experts:  # experts that mix their tokens depend on who else sends some, which has to be seen
         expert.register_forward_hook(lambda module, inputs, y: y - y.mean(dim=1, keepdim=True))
     assert check_expert_parallel(moe, torch.randn(2, 3, DIM))["outputs"] > 1e-3
 
 
-CHECKS = [check_copies, check_gradients_needed_by_some, check_tokens_without_gradients, check_state_dicts, check_the_check]
+CHECKS = [
+    check_copies,
+    check_gradients_needed_by_some,
+    check_tokens_without_gradients,
+    check_state_dicts,
+    check_the_check,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -262,12 +279,14 @@ def test_sharded_layer(workers, check):
 def test_import_needs_no_process_group_and_no_distributed_package():
     code = (
         "import torch.distributed as d, torch; d.is_available = lambda: False; "
-        "[delattr(d, n) for n in ('ProcessGroup', 'group', 'all_to_all_single', 'all_gather_single', 'broadcast', 'all_reduce')]; "
+        "[delattr(d, n) for n in ('ProcessGroup', 'group', 'all_to_all_single', 'all_gather_single', "
+        "'broadcast', 'all_reduce')]; "
         "import st_moe_pytorch as s, st_moe_pytorch.distributed as p; s.MoE(8, 4)(torch.randn(1, 4, 8)); "
         "e = s.Experts([torch.nn.Linear(2, 2)], True)\n"
         "for f in (lambda: e(torch.ones(1, 1, 1, 2)), lambda: p.shard_experts(e)):\n"
         "    try: f()\n"
-        "    except RuntimeError as error: assert 'there is no process group: call torch.distributed.init_process_group' in str(error)\n"
+        "    except RuntimeError as error: assert 'there is no process group: call "
+        "torch.distributed.init_process_group' in str(error)\n"
         "    else: raise SystemExit(1)\n"
     )
     import subprocess

@@ -1,4 +1,6 @@
-"""Parameters that several ranks hold, for whatever reason: their gradients are sums over all holders, or there is one error everywhere."""
+"""Parameters that several ranks hold, for whatever reason: their gradients are sums over all holders, or there is one
+error everywhere.
+"""
 
 import copy
 import re
@@ -41,7 +43,9 @@ class Checkpointed(nn.Module):
 
 
 class Turned(nn.Module):
-    """An expert with a matrix under two names, one whose gradient is transposed and a vector whose gradient is one number, expanded."""
+    """An expert with a matrix under two names, one whose gradient is transposed and a vector whose gradient is one
+    number, expanded.
+    """
 
     def __init__(self):
         super().__init__()
@@ -149,7 +153,9 @@ def check_what_is_trained_later(rank):
 
 
 def check_reentrant_elsewhere(rank):
-    """What comes before the experts may be checkpointed by the kind that they may not be, and so may experts that one rank holds."""
+    """What comes before the experts may be checkpointed by the kind that they may not be, and so may experts that one
+    rank holds.
+    """
     torch.manual_seed(0)
     experts = [Checkpointed(use_reentrant=number != 1) for number in range(3)]
     single = nn.ModuleList([Expert(DIM), MoE(DIM, 3, experts=experts)]).double()
@@ -250,27 +256,47 @@ SAME = {
         (3, {0: "1.last.bias"}),
         "its parameter 1.last.bias is held by ranks 0, 1, and frozen or missing on rank 0",
     ),
-    "as many frozen": (frozen, (3, {0: "1.last.bias", 1: "1.last.weight"}), "its parameter 1.last.weight is held by .* missing on rank 1"),
+    "as many frozen": (
+        frozen,
+        (3, {0: "1.last.bias", 1: "1.last.weight"}),
+        "its parameter 1.last.weight is held by .* missing on rank 1",
+    ),
     "outside": (
         tied_to_the_outside,
         (),
         "ValueError: model must not have a parameter in experts and elsewhere, where it is averaged otherwise: "
         "moe.experts.experts.0.adapter.weight is moe.experts.experts.1.adapter.weight is dense.weight",
     ),
-    "neighbour": (tied_to_a_neighbour_of_the_list, (), "and elsewhere, .*: experts.1.last.weight is experts_too.weight"),
+    "neighbour": (
+        tied_to_a_neighbour_of_the_list,
+        (),
+        "and elsewhere, .*: experts.1.last.weight is experts_too.weight",
+    ),
     "other length": (
         of_other_length,
         (),
         "under the same numbers, but 0.experts.experts.0.first.net.0.weight is 1.experts.experts.0.first",
     ),
-    "other numbers": (other_numbers, (), "under the same numbers, but 0.experts.experts.0.first.net.0.weight is 1.experts.experts.1.first"),
+    "other numbers": (
+        other_numbers,
+        (),
+        "under the same numbers, but 0.experts.experts.0.first.net.0.weight is 1.experts.experts.1.first",
+    ),
     "nested": (
         inside_each_other,
         (),
         "ValueError: model must not have experts inside experts, .* but experts.experts.1.0.experts is inside",
     ),
-    "inside the model": (inside_the_model, (), "ValueError: .*experts inside experts, .* but experts.1.0.experts is inside the model"),
-    "one rank": (problem_on_one_rank, (), "RuntimeError: shard_experts: .*problem: none on rank 0, model must contain experts, got Linear"),
+    "inside the model": (
+        inside_the_model,
+        (),
+        "ValueError: .*experts inside experts, .* but experts.1.0.experts is inside the model",
+    ),
+    "one rank": (
+        problem_on_one_rank,
+        (),
+        "RuntimeError: shard_experts: .*problem: none on rank 0, model must contain experts, got Linear",
+    ),
 }
 
 
@@ -287,8 +313,12 @@ def test_ranks_that_hold_no_copy_are_told_too(workers):
     found = workers.run(error_of, frozen, (4, {1: "1.last.bias"}))
     assert len(set(found)) == 1, found
     *holders, bystander = workers.run(error_of, reentrant, (4, [1]))
-    assert all("ValueError: experts: expert 1, which several ranks hold, must be" in message for message in holders), holders
-    assert re.search("RuntimeError: experts: experts failed on rank 0: ValueError: .*; rank 1: ValueError: ", bystander), bystander
+    assert all("ValueError: experts: expert 1, which several ranks hold, must be" in message for message in holders), (
+        holders
+    )
+    assert re.search(
+        "RuntimeError: experts: experts failed on rank 0: ValueError: .*; rank 1: ValueError: ", bystander
+    ), bystander
 
 
 # one parameter, and all that a rank has
@@ -296,4 +326,6 @@ def test_ranks_that_hold_no_copy_are_told_too(workers):
 @pytest.mark.parametrize("workers", [4], indirect=True)
 def test_replicas_that_differ_in_what_is_frozen_are_told_on_every_rank(workers, start, name):
     found = workers.run(error_of, frozen, (3, {1: start}, (2, 2)))
-    assert all(re.search(f"its parameter {name} is held by ranks 0, 1, and frozen or missing on rank", m) for m in found), found
+    assert all(
+        re.search(f"its parameter {name} is held by ranks 0, 1, and frozen or missing on rank", m) for m in found
+    ), found

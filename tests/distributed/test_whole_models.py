@@ -10,7 +10,13 @@ from reference import DIM, different_experts, largest_error, relative_error
 from torch import nn
 
 from st_moe_pytorch import Expert, Experts, MoE
-from st_moe_pytorch.distributed import check_expert_parallel, clip_grad_norm_, data_parallel, full_state_dict, shard_experts
+from st_moe_pytorch.distributed import (
+    check_expert_parallel,
+    clip_grad_norm_,
+    data_parallel,
+    full_state_dict,
+    shard_experts,
+)
 from st_moe_pytorch.distributed.collectives import all_to_all
 from st_moe_pytorch.distributed.compat import leave_out_of_ddp
 
@@ -19,7 +25,11 @@ def two_layers(common):
     """Two layers that have all experts in common."""
     torch.manual_seed(3)
     experts = Experts(different_experts(3))
-    others = {"Experts": experts, "a list": Experts(experts.experts), "each of two lists": Experts(list(experts.experts))}[common]
+    others = {
+        "Experts": experts,
+        "a list": Experts(experts.experts),
+        "each of two lists": Experts(list(experts.experts)),
+    }[common]
     return nn.ModuleList([MoE(DIM, 3, experts=experts), MoE(DIM, 3, experts=others)]).double()
 
 
@@ -82,7 +92,9 @@ class Statistics(nn.Module):
 def check_ddp_leaves_alone_what_it_was_told_to(rank):
     """The user's own exceptions, and the buffers of experts, which DDP would overwrite with those of rank 0."""
     torch.manual_seed(rank)
-    model = nn.ModuleDict({"dense": nn.Linear(DIM, DIM), "moe": MoE(DIM, 2, experts=[Statistics(rank), Statistics(rank)])})
+    model = nn.ModuleDict(
+        {"dense": nn.Linear(DIM, DIM), "moe": MoE(DIM, 2, experts=[Statistics(rank), Statistics(rank)])}
+    )
     model.forward = lambda x: model["moe"](model["dense"](x)).outputs
     leave_out_of_ddp(model, ["dense.bias"])
     own = model["dense"].bias.clone()
@@ -146,7 +158,9 @@ def check_the_proof_leaves_no_trace(rank):
     state, before = torch.get_rng_state(), copy.deepcopy(moe.state_dict())
     check_expert_parallel(moe, x)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) and value.dtype == torch.float32 for name, value in moe.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) and value.dtype == torch.float32 for name, value in moe.state_dict().items()
+    )
     assert all(p.grad is None for p in moe.parameters())
     assert moe.experts.parallel is None
 
@@ -174,7 +188,9 @@ def check_the_proof_says_where_there_is_no_gradient(rank):
     moe = MoE(DIM, 4, experts=[Forgetful() for _ in range(4)])
     # the layer itself, since DDP refuses what gets no gradient
     errors = check_expert_parallel(moe, torch.randn(2, 3, DIM))
-    assert {name for name, error in errors.items() if error != error} == {f"gradient of experts.experts.{i}.unused" for i in range(4)}
+    assert {name for name, error in errors.items() if error != error} == {
+        f"gradient of experts.experts.{i}.unused" for i in range(4)
+    }
     assert all(error < 1e-12 for error in errors.values() if error == error)
 
 

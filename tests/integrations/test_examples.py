@@ -37,14 +37,32 @@ def test_finetuning_gpt2(tmp_path):
 @pytest.mark.slow
 def test_upcycling_starts_where_the_dense_model_ended():
     printed = run("upcycle_lm.py", "--steps", 4, "--more-steps", 4, "--dim", 32, "--depth", 1, "--seq-len", 32)
-    before, upcycled = re.search(r"seed 0: ([\d.]+) bits per byte after 4 steps of the dense model, ([\d.]+) upcycled", printed).groups()
+    before, upcycled = re.search(
+        r"seed 0: ([\d.]+) bits per byte after 4 steps of the dense model, ([\d.]+) upcycled", printed
+    ).groups()
     assert abs(float(before) - float(upcycled)) <= 0.001
     assert "dense, equal time: " in printed
 
 
 @pytest.mark.slow
 def test_ablations_go_on_where_they_were_interrupted(tmp_path):
-    tiny = ["--seq-len", 32, "--dim", 32, "--depth", 1, "--seeds", 0, 1, "--jobs", 2, "--out", tmp_path, "--only", "top 1"]
+    tiny = [
+        "--seq-len",
+        32,
+        "--dim",
+        32,
+        "--depth",
+        1,
+        "--seeds",
+        0,
+        1,
+        "--jobs",
+        2,
+        "--out",
+        tmp_path,
+        "--only",
+        "top 1",
+    ]
     table = run("ablate_lm.py", "--steps", 3, *tiny)
     for change in ("usual", "top 1"):
         assert 4 < float(re.search(rf"^\| {change} \| ([\d.]+) \(", table, flags=re.MULTILINE)[1]) < 10

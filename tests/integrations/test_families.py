@@ -1,4 +1,6 @@
-"""Hugging Face models, in whatever order one swaps, loads and saves: right weights or an error, never memory as it was found."""
+"""Hugging Face models, in whatever order one swaps, loads and saves: right weights or an error, never memory as it was
+found.
+"""
 
 import copy
 import pickle
@@ -26,12 +28,20 @@ from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify, swapped
 
 DIM = 16
 IDS = torch.randint(1, 40, (2, 8), generator=torch.Generator().manual_seed(0))
-IMAGES = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "labels": torch.tensor([0, 1])}
+IMAGES = {
+    "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    "labels": torch.tensor([0, 1]),
+}
 TEXT = {"input_ids": IDS, "labels": IDS}
 
 # class, settings, where its feed-forwards are, a batch
 FAMILIES = {
-    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=40, n_positions=8, n_embd=DIM, n_layer=2, n_head=2), "transformer.h.*.mlp", TEXT),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=40, n_positions=8, n_embd=DIM, n_layer=2, n_head=2),
+        "transformer.h.*.mlp",
+        TEXT,
+    ),
     "llama": (
         LlamaForCausalLM,
         LlamaConfig(
@@ -54,13 +64,29 @@ FAMILIES = {
     ),
     "t5": (
         T5ForConditionalGeneration,
-        T5Config(vocab_size=40, d_model=DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0),
+        T5Config(
+            vocab_size=40,
+            d_model=DIM,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        ),
         "**.DenseReluDense",
         TEXT,
     ),
     "vit": (
         ViTForImageClassification,
-        ViTConfig(hidden_size=DIM, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4),
+        ViTConfig(
+            hidden_size=DIM,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        ),
         "vit.layers.*.mlp",
         IMAGES,
     ),
@@ -150,7 +176,9 @@ def test_a_sparse_model_that_is_saved_loads_equal(family, tmp_path, dtype, devic
     model = sparse_class(family)(copy.deepcopy(config)).to(dtype)
     model.save_pretrained(tmp_path)
     torch.manual_seed(1)
-    loaded, report = sparse_class(family).from_pretrained(tmp_path, dtype=dtype, device_map=device_map, output_loading_info=True)
+    loaded, report = sparse_class(family).from_pretrained(
+        tmp_path, dtype=dtype, device_map=device_map, output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -27,9 +27,13 @@ def test_lora_on_experts_and_router_learns_with_the_rest_frozen():
     config = LoraConfig(r=2, lora_alpha=4, target_modules=r".*(gate\.to_gates|experts\.\d+\.net\.[02])")
     tuned = get_peft_model(model, config)
     assert torch.equal(tuned.eval()(x), before)
-    trained = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter.detach().clone() for name, parameter in tuned.named_parameters() if parameter.requires_grad
+    }
     assert len(trained) == 2 * (1 + 4 * 2)
-    frozen = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name: parameter.detach().clone() for name, parameter in tuned.named_parameters() if not parameter.requires_grad
+    }
     optimizer = torch.optim.AdamW((parameter for parameter in tuned.parameters() if parameter.requires_grad), lr=1e-2)
     tuned.train()
     for _ in range(3):

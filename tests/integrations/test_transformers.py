@@ -1,4 +1,6 @@
-"""Sparse layers in Hugging Face models: loss and gradients against adding the layers' losses by hand; Trainer; saving and loading."""
+"""Sparse layers in Hugging Face models: loss and gradients against adding the layers' losses by hand; Trainer; saving
+and loading.
+"""
 
 import sys
 from pathlib import Path
@@ -14,10 +16,20 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from finetune_gpt2 import SparseGPT2, SparseTrainer, swap_in, windows
 
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-GPT2 = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **DROPOUT)
+GPT2 = GPT2Config(
+    vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **DROPOUT
+)
 GPT2.num_experts = 4
 T5 = T5Config(
-    vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0
+    vocab_size=40,
+    d_model=16,
+    d_kv=8,
+    d_ff=32,
+    num_layers=2,
+    num_heads=2,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+    pad_token_id=0,
 )
 IDS = torch.randint(1, 40, (4, 16), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "labels": IDS.flip(1)}
@@ -43,7 +55,10 @@ def losses_by_hand(model, batch):
     """The model's loss, and those of its layers, by forward hooks."""
     found = []
     layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
-    hooks = [layer.moe.register_forward_hook(lambda module, args, result: found.append(result.total_aux_loss)) for layer in layers]
+    hooks = [
+        layer.moe.register_forward_hook(lambda module, args, result: found.append(result.total_aux_loss))
+        for layer in layers
+    ]
     with collect_aux_losses():  # which is tested against this
         loss = model(**batch).loss
     for hook in hooks:
@@ -117,7 +132,9 @@ def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path, accumulate):
         for number in range(accumulate):
             place = 2 * (step * accumulate + number)
             ids = torch.stack([example["input_ids"] for example in examples[place : place + 2]])
-            loss, aux_loss = losses_by_hand(theirs, {"input_ids": ids, "labels": ids, "num_items_in_batch": ids.numel() * accumulate})
+            loss, aux_loss = losses_by_hand(
+                theirs, {"input_ids": ids, "labels": ids, "num_items_in_batch": ids.numel() * accumulate}
+            )
             (loss + aux_loss / accumulate).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,5 +176,8 @@ def test_generation_goes_on_with_a_cache():
     model.double()
     for layer in model.transformer.h:
         layer.mlp.moe.gate.capacity_factor_eval = None
-    cached, whole = (model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False))
+    cached, whole = (
+        model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False, use_cache=use, pad_token_id=0)
+        for use in (True, False)
+    )
     assert torch.equal(cached, whole)
