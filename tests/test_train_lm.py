@@ -403,6 +403,43 @@ def test_random_routing_follows_the_draws_of_its_layer(run):
         assert asked[order.index(1)] < 0.9
 
 
+def test_local_context_adds_the_bytes_before_each_byte(run):
+    local = importlib.import_module("language_model").LocalContext(5, 3)
+    x = torch.randn(2, 7, 5)
+    expected = x.clone()
+    for n in range(7):
+        for back in range(1, min(n, 3) + 1):
+            expected[:, n] += local.weight[back - 1] * x[:, n - back]
+    torch.testing.assert_close(local(x), expected)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_every_parameter_has_one_optimizer_and_only_matrices_are_decayed(run, dense):
+    train_lm = importlib.import_module("train_lm")
+    model = train_lm.build_model(train_lm.Settings(dim=32, experts=4, local=2, dense=dense))
+    muon, adamw = train_lm.muon_and_adamw(model, lr=0.1)
+    groups = muon.param_groups + adamw.param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+    undecayed = [group for group in groups if not group["weight_decay"]]
+    assert {names[p].rpartition(".")[2] for group in undecayed for p in group["params"]} == {"weight", "bias", "gamma", "mult_bias"}
+    assert {names[p] for group in undecayed for p in group["params"] if p.ndim == 2} == {
+        "embedding.weight",
+        "locals.0.weight",
+        "locals.1.weight",
+    }
+    assert not any("to_gates" in names[p] or "to_logits" in names[p] for p in muon.param_groups[0]["params"])
+
+
+def test_matrices_start_with_the_variance_of_their_fan_in(run):
+    train_lm = importlib.import_module("train_lm")
+    model = train_lm.build_model(train_lm.Settings(experts=4))
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for linear in linears:
+        assert linear.weight.std().item() == pytest.approx(linear.in_features**-0.5, rel=0.2)
+        assert linear.bias is None or not linear.bias.any()
+
+
 def test_batches_and_draws_are_the_same_over_any_number_of_ranks(run, monkeypatch):
     train_lm = importlib.import_module("train_lm")
     text, settings = torch.randint(256, (1000,), dtype=torch.uint8), train_lm.Settings(batch=4, seq_len=8)
