@@ -1938,7 +1938,7 @@ FAULTS = [
         "tools/balance.py",
         "        self.scores.clear()\n",
         "",
-        "distributed/test_balance.py::test_biases_are_those_of_one_process",
+        "test_balance.py::test_after_the_quantile_rule_each_expert_has_its_share",
     ),
     Fault(
         "the sign rule feeds busy experts",
@@ -1962,10 +1962,10 @@ FAULTS = [
         "test_balance.py::test_after_the_quantile_rule_each_expert_has_its_share",
     ),
     Fault(
-        "the quantile rule stops at the border of a share",
+        "experts that compete move apart twice",
         "tools/balance.py",
-        "(last + next_one) / 2",
-        "last",
+        "(0.5 if sweep % 2 == 0 else 1.0)",
+        "1.0",
         "test_balance.py::test_after_the_quantile_rule_each_expert_has_its_share",
     ),
     Fault(
@@ -2022,7 +2022,7 @@ FAULTS = [
         "tools/balance.py",
         "counts = counts.clone()\n        if",
         "counts = counts\n        if",
-        "distributed/test_balance.py::test_biases_are_those_of_one_process",
+        "test_balance.py::test_each_real_token_counts_once",
     ),
 ]
 
