@@ -32,7 +32,7 @@ def keyed_draws(seed: int, step: int, layer: int | Tensor, tokens: Tensor, k: in
 # an operator, since inductor takes minutes for what reads its own results this often
 @torch.library.custom_op("st_moe_pytorch::keyed_draws", mutates_args=())
 def _drawn(seed: int, step: int, layers: Tensor, tokens: Tensor, k: int) -> Tensor:
-    # two words: by one, the numbers of one layer could be those of another one in another order
+    # two words: by the first alone, layers could have the same numbers, some tokens apart
     keys = torch.tensor([0x9E3779B9, 0x7F4A7C15], device=tokens.device)
     before, after = hashed(keys, seed & WORD, seed >> 32, step, layers.unsqueeze(-1)).unbind(dim=-1)
     words = hashed(before, tokens & WORD, (tokens >> 32) & WORD, after).unsqueeze(-1)
