@@ -50,7 +50,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run():
-    """Run the script in this process, which saves importing torch, on as many threads as the processes that the tests start."""
+    """Run the script in this process, which saves importing torch, on as many threads as the processes that the
+    tests start.
+    """
     with pytest.MonkeyPatch.context() as for_all:
         for_all.syspath_prepend(SCRIPT.parent)
         main = importlib.import_module("train_lm").main
@@ -96,7 +98,9 @@ def ended(finished, tmp_path):
 
 def run_alone(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def numbers(out):
@@ -125,7 +129,11 @@ def complaint(capsys, run, *arguments):
     with pytest.raises(SystemExit) as end:
         run(*arguments)
     assert end.value.code == 1
-    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip() and not re.search("step/s|s/step", line)]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", capsys.readouterr().err)
+        if line.strip() and not re.search("step/s|s/step", line)
+    ]
     assert len(lines) == 1, lines
     assert lines[0].startswith("train_lm.py: ")
     return lines[0]
@@ -194,7 +202,9 @@ def test_all_processes_end_when_the_first_finds_that_it_cannot_go_on(ended, text
     process = run_alone(*TWO_PROCESSES, SCRIPT, *TINY, "--text", text, "--out", ended, "--expert-parallel")
     assert process.returncode == 1
     own, _, of_torchrun = process.stderr.partition("torch/distributed/elastic")
-    assert own.splitlines()[0] == f"train_lm.py: {ended} holds a run: continue it with --resume, or choose another --out"
+    assert (
+        own.splitlines()[0] == f"train_lm.py: {ended} holds a run: continue it with --resume, or choose another --out"
+    )
     assert len(own.splitlines()) == 2, own  # the second one is where torchrun begins to tell that its processes ended
     assert "[rank1]" not in of_torchrun
 
@@ -353,7 +363,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, stopped, finished, text,
     runs, out = importlib.import_module("runs"), stopped / "new" if at == "settings.json" else stopped
     write_whole = runs.write_whole
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_whole", lambda path, *text: (full_disk if path.name == at else write_whole)(path, *text))
+        patch.setattr(
+            runs, "write_whole", lambda path, *text: (full_disk if path.name == at else write_whole)(path, *text)
+        )
         if at == "checkpoint":
             patch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full_disk)
         assert "No space left on device" in complaint(capsys, run, "--text", text, "--out", out, "--resume")
@@ -422,7 +434,12 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_are_decayed(run, de
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
     undecayed = [group for group in groups if not group["weight_decay"]]
-    assert {names[p].rpartition(".")[2] for group in undecayed for p in group["params"]} == {"weight", "bias", "gamma", "mult_bias"}
+    assert {names[p].rpartition(".")[2] for group in undecayed for p in group["params"]} == {
+        "weight",
+        "bias",
+        "gamma",
+        "mult_bias",
+    }
     assert {names[p] for group in undecayed for p in group["params"] if p.ndim == 2} == {
         "embedding.weight",
         "locals.0.weight",
