@@ -18,10 +18,11 @@ from statistics import mean
 import runs
 import torch
 from language_model import LanguageModel
+from optimizers import muon_and_adamw
 from options import option, parse
 from processes import processes
 from tqdm import tqdm
-from train_lm import Settings, build_optimizer, evaluate, learning_rate, training_batch, update
+from train_lm import Settings, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
 from st_moe_pytorch.tools.balance import LossFreeBalance
@@ -58,7 +59,7 @@ def build_model(way: dict, settings: Balances) -> LanguageModel:
         coefs = {name: way[name] for name in ("balance_loss_coef", "router_z_loss_coef")}
         return SparseMoEBlock(MoE(settings.dim, settings.experts, gate=gate, **coefs))
 
-    return LanguageModel(settings.dim, settings.depth, block)
+    return LanguageModel(settings.dim, settings.depth, block, settings.local).reset_by_fan_in()
 
 
 def run(name: str, seed: int, settings: Balances) -> dict:
@@ -69,13 +70,13 @@ def run(name: str, seed: int, settings: Balances) -> dict:
         text, validation = runs.read_corpus(settings.text, settings.seq_len)
         torch.manual_seed(seed)
         model = build_model(way, settings)
-        optimizer = build_optimizer(model, settings.lr)
+        optimizers = muon_and_adamw(model, settings.lr)
         balance = LossFreeBalance(model, way["rule"]) if way["rule"] else None
         loads, dropped = [], []
         for step in range(settings.steps):
             batch = training_batch(text, step, settings)
             with balance or nullcontext(), record_routing(model) as routings:
-                update(model, optimizer, batch, learning_rate(step, settings), settings)
+                update(model, optimizers, batch, learning_rate(step, settings), settings)
             if balance:
                 balance.step()
             layers = [routing for records in routings.values() for routing in records]

@@ -81,3 +81,15 @@ def test_ablations_go_on_where_they_were_interrupted(tmp_path):
 
 def rows_without_seconds(printed):
     return re.findall(r"^(\|.*?)(?:\d+ \|)?$", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_ways_to_balance_are_compared(tmp_path):
+    tiny = ["--seq-len", "32", "--dim", "32", "--depth", "1", "--experts", "4", "--steps", "4", "--seeds", "0"]
+    table = run("balance_lm.py", *tiny, "--out", tmp_path, "--only", "quantiles", "nothing")
+    for way in ("quantiles", "nothing"):
+        load, worst, dropped, bits = re.search(rf"^\| {way} \|(.*)\|$", table, flags=re.MULTILINE)[1].split("|")
+        assert 1 <= float(load.split()[0]) <= float(worst.split()[0]) <= 4
+        assert 0 <= float(dropped.split("%")[0]) < 100
+        assert 4 < float(bits.split()[0]) < 10
+    assert "has runs of other settings" in start("balance_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
