@@ -2008,14 +2008,14 @@ FAULTS = [
         "tools/balance.py",
         "            dist.all_reduce(counts, group=self.process_group)\n",
         "            pass\n",
-        "distributed/test_balance.py::test_biases_are_those_of_one_process",
+        "distributed/test_balance_over_ranks.py::test_biases_are_those_of_one_process",
     ),
     Fault(
         "ranks of a group wait for all",
         "tools/balance.py",
         "dist.all_reduce(counts, group=self.process_group)",
         "dist.all_reduce(counts)",
-        "distributed/test_balance.py::test_ranks_of_a_group_balance_together",
+        "distributed/test_balance_over_ranks.py::test_ranks_of_a_group_balance_together",
     ),
     Fault(
         "a total changes what it sums",
