@@ -93,3 +93,11 @@ def test_ways_to_balance_are_compared(tmp_path):
         assert 0 <= float(dropped.split("%")[0]) < 100
         assert 4 < float(bits.split()[0]) < 10
     assert "has runs of other settings" in start("balance_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
+
+
+@pytest.mark.slow
+def test_the_order_of_service_decides_whether_outputs_depend_on_the_future():
+    table = run("causality_lm.py", "--steps", 2, "--seeds", 0)
+    shares = dict(re.findall(r"^\| (position|token) \| 0 \| [\d.]+ \| (\d+)% \|$", table, flags=re.MULTILINE))
+    assert int(shares["position"]) > 10
+    assert int(shares["token"]) == 0
