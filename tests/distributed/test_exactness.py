@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch import Expert, ExpertChoiceGating, MoE
+from st_moe_pytorch import Expert, ExpertChoiceGating, MoE, TopNGating
 from st_moe_pytorch.distributed import check_expert_parallel, data_parallel, shard_experts
 from st_moe_pytorch.experts import run_shared
 
@@ -157,3 +157,23 @@ def test_products_that_experts_of_a_rank_share(workers, num_experts):
     for error, calls in workers.run(shared_products, workers.size, num_experts):
         assert error < 1e-12
         assert calls == 1
+
+
+def variants(rank, num_experts):
+    """Everything that routers and experts can be besides the paper's, over ranks."""
+    torch.manual_seed(0)
+    gate = TopNGating(
+        DIM, num_experts, top_n=3, priority="token", score="sigmoid", normalize_gates=False, balance_bias=True
+    )
+    nn.init.normal_(gate.bias, std=0.3)
+    experts = [Expert(DIM, 2, bias=False) for _ in range(num_experts)]
+    moe = MoE(DIM, num_experts, gate=gate, experts=experts, shared_expert=Expert(DIM, 2))
+    errors = check_expert_parallel(moe, torch.randn(rank + 1, 3 + rank, DIM))
+    return {name: error for name, error in errors.items() if not error < 1e-12}, len(errors)
+
+
+@pytest.mark.parametrize(("workers", "num_experts"), [(2, 4), (2, 5), (3, 4)], indirect=["workers"])
+def test_variants_of_routers_and_experts(workers, num_experts):
+    for wrong, compared in workers.run(variants, num_experts):
+        assert not wrong
+        assert compared > 3 * num_experts + 5
