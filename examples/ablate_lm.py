@@ -96,9 +96,8 @@ def build_model(recipe: dict, settings: Ablations) -> nn.Module:
     model = LanguageModel(settings.dim, settings.depth, block)
     for name, parameter in model.named_parameters():
         if name.endswith("mult_bias"):
-            parameter.requires_grad_(
-                recipe["mult_bias"]
-            )  # it starts at 1: without a gradient, it might as well not be there
+            # it starts at 1: without a gradient, it might as well not be there
+            parameter.requires_grad_(recipe["mult_bias"])
     return model
 
 

@@ -17,22 +17,9 @@ from optimizers import muon_and_adamw
 from processes import processes
 from torch import Tensor
 from tqdm import tqdm
-from train_lm import TOP_N, Settings, evaluate, learning_rate, routing_draws, training_batch, update
-
-from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
+from train_lm import Settings, build_model, evaluate, learning_rate, routing_draws, training_batch, update
 
 PROBES = 4  # batches whose second half is exchanged
-
-
-def build_model(priority: str, settings: Settings) -> LanguageModel:
-    capacity = {"capacity_factor_train": settings.capacity_factor, "capacity_factor_eval": None}
-
-    def block() -> SparseMoEBlock:
-        gate = TopNGating(settings.dim, settings.experts, top_n=TOP_N, priority=priority, **capacity)
-        return SparseMoEBlock(MoE(settings.dim, settings.experts, gate=gate))
-
-    torch.manual_seed(settings.seed)
-    return LanguageModel(settings.dim, settings.depth, block, settings.local).reset_by_fan_in()
 
 
 @torch.no_grad()
@@ -60,7 +47,9 @@ def main() -> None:
             settings = Settings(seed=seed, steps=args.steps, capacity_factor=args.capacity_factor)
             with processes():
                 text, validation = runs.read_corpus(settings.text, settings.seq_len)
-                model = build_model(priority, settings)
+                model = build_model(settings)
+                for block in model.blocks:
+                    block.moe.gate.priority = priority
                 optimizers = muon_and_adamw(model, settings.lr)
                 for step in tqdm(range(settings.steps), leave=False):
                     batch = *training_batch(text, step, settings), routing_draws(step, settings)

@@ -91,8 +91,8 @@ def main() -> None:
     warn_of_collapse(stats)
     trainer.save_model()
     print(
-        f"validation loss {before:.3f} before, {after:.3f} after; SparseGPT2.from_pretrained('{args.out}') loads "
-        "the model"
+        f"validation loss {before:.3f} before, {after:.3f} after; "
+        f"SparseGPT2.from_pretrained('{args.out}') loads the model"
     )
 
 

@@ -70,12 +70,9 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_fused(t: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not t.is_cuda or t.numel() < WORTH_FUSING:
+    if not t.is_cuda or torch.is_grad_enabled() or may_be_derived(t) or is_fake(t):
         return False
-    is_plain = not (
-        torch.is_grad_enabled() or is_transformed() or is_fake(t) or torch.autograd.forward_ad._current_level >= 0
-    )
-    return is_plain and has_triton()
+    return t.numel() >= WORTH_FUSING and has_triton()
 
 
 @cache

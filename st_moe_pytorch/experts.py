@@ -151,7 +151,8 @@ class Experts(nn.Module):
         if parallel is None:
             y = self._run(range(self.num_experts), blocks)
         else:
-            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, self._run_placed).unsqueeze(0)]
+            run = self._run_placed if may_share_products(rows) else self._run
+            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, run).unsqueeze(0)]
         return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
 
     def _run_placed(
@@ -159,7 +160,7 @@ class Experts(nn.Module):
     ) -> list[Tensor]:
         """`_run` or, where products are shared, the same by those of all experts that are placed here."""
         placed = SharedProducts(self.experts[number] for number in numbers)
-        if not (may_share_products(blocks[0]) and are_alike(placed)):
+        if not are_alike(placed):
             return self._run(numbers, blocks, parameters)
         sizes = [block.shape[1] for block in blocks]
         offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)

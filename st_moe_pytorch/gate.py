@@ -122,8 +122,9 @@ class Gate(Routed[DenseRouting]):
         """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will
         do.
 
-        mask (b n) bool, True for real tokens. draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for
-        routers that draw. noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
+        mask (b n) bool, True for real tokens.
+        draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
+        noised (b n e): the logits to route by, if noise was added; the z-loss is that of ``logits``.
         choices: what to choose, with weights by these logits. A gate that does not take this argument cannot be
             replayed.
         """
@@ -145,10 +146,11 @@ class Gate(Routed[DenseRouting]):
         """Decide where the tokens x (b n d) go, in float32 or, for float64 tokens, in float64, whatever autocast says.
 
         noise_gates adds Gumbel noise, times noise_mult, to the logits that are routed by; the z-loss stays that of the
-        clean ones. mask (b n) is True for real tokens: padding asks for nothing and counts in no loss. route_by (b n d)
-        is what the router looks at instead of x, such as word embeddings. draws (b n k), or by group, are uniform
-        numbers in [0, 1) for routers that draw, instead of fresh ones. choices, as of `Routing.choices`, are taken
-        instead of deciding, and weighted by the logits of x.
+            clean ones.
+        mask (b n) is True for real tokens: padding asks for nothing and counts in no loss.
+        route_by (b n d) is what the router looks at instead of x, such as word embeddings.
+        draws (b n k), or by group, are uniform numbers in [0, 1) for routers that draw, instead of fresh ones.
+        choices, as of `Routing.choices`, are taken instead of deciding, and weighted by the logits of x.
         """
         check_noise(noise_gates, noise_mult)
         check_tokens(x, self.dim, mask, route_by)
@@ -211,9 +213,8 @@ class Gate(Routed[DenseRouting]):
         size = b * n // groups
         if groups > 1 and 2 * size < self.group_size and not torch.compiler.is_compiling():
             warnings.warn(
-                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups "
-                f"have {size} tokens. "
-                "Choose batch and sequence lengths whose product has a divisor near group_size",
+                f"group_size={self.group_size} does not divide the {b * n} tokens of this batch well: groups have "
+                f"{size} tokens. Choose batch and sequence lengths whose product has a divisor near group_size",
                 stacklevel=4,
             )
         return groups, size

@@ -144,11 +144,19 @@ def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
 def _gradients_of_gated_gelu(
     grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
 ) -> tuple[Tensor, Tensor | None]:
+    x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, of_factor)
+    dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
+    return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
+
+
+def _parts_of_gradients(
+    grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x, gate, their gradients before those are multiplied by factor and x, and the gradient of the factor."""
     x, gate = z.chunk(2, dim=-1)
     dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
     dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if of_factor else None
-    dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
-    return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
+    return x, gate, dx, inner, dbias
 
 
 @with_known_signature
@@ -170,9 +178,7 @@ class _GatedGELU(Function):
         z, *factor = ctx.saved_tensors
         if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype or grad.is_cuda:
             return _gradients_of_gated_gelu(grad, z, factor, ctx.needs_input_grad[1])
-        x, gate = z.chunk(2, dim=-1)
-        dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
-        dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if ctx.needs_input_grad[1] else None
+        x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, ctx.needs_input_grad[1])
         dz = torch.empty_like(z)  # written in place, for less memory
         torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
         torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
@@ -202,8 +208,8 @@ def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[n
         if isinstance(vars(module).get("forward"), FunctionType)
     ]:
         raise ValueError(
-            "ffn must not have an assigned forward, which its copies would share with it, got one on "
-            f"{', '.join(assigned)}"
+            "ffn must not have an assigned forward, which its copies "
+            f"would share with it, got one on {', '.join(assigned)}"
         )
     copies = [deepcopy(ffn) for _ in range(num_experts)]
     if noise:

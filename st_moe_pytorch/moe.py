@@ -223,8 +223,7 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         if not torch.compiler.is_compiling():
             warnings.warn(
                 "the gate's forward is overridden or hooked, so routing goes through its dense tensors, at a "
-                "cost quadratic in the number "
-                "of tokens; assign or wrap gate.route instead to keep it linear",
+                "cost quadratic in the number of tokens; assign or wrap gate.route instead to keep it linear",
                 stacklevel=3,
             )
         dispatch, combine, *losses = decision
@@ -275,8 +274,8 @@ class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
         routed, *losses = self.moe(self.moe_prenorm(x), noise_gates, noise_mult, **given)
         if routed.shape != x.shape:
             raise ValueError(
-                f"experts must keep the width of {x.shape[-1]} in a block, which adds their output to x, got "
-                f"{routed.shape[-1]}"
+                f"experts must keep the width of {x.shape[-1]} in a block, "
+                f"which adds their output to x, got {routed.shape[-1]}"
             )
         x = routed + x
         if self.ff_after is not None:

@@ -106,9 +106,8 @@ def unequal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> str
     for name, ranks in {name: ranks for theirs in everyone for name, ranks in theirs.items()}.items():
         if frozen := [rank for rank in ranks if name not in everyone[rank]]:
             return (
-                f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and "
-                "frozen or missing on rank "
-                f"{', '.join(map(str, frozen))}: set its requires_grad alike on all of them"
+                f"{channel.layer}: its parameter {name} is held by ranks {', '.join(map(str, ranks))}, and frozen "
+                f"or missing on rank {', '.join(map(str, frozen))}: set its requires_grad alike on all of them"
             )
     return None
 

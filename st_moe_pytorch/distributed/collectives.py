@@ -155,8 +155,8 @@ class _FirstDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         raise RuntimeError(
-            f"{ctx.layer}: second derivatives through experts on several ranks are not supported; run it on one "
-            "rank for them"
+            f"{ctx.layer}: second derivatives through experts on several "
+            "ranks are not supported; run it on one rank for them"
         )
 
 

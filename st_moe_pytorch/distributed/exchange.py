@@ -94,8 +94,8 @@ class ExpertParallel(NamedTuple):
         if self.channel.size != self.placement.num_ranks:
             raise RuntimeError(
                 f"{self.channel.layer}: its experts were sharded over {self.placement.num_ranks} ranks, but its "
-                "process group has "
-                f"{self.channel.size}: build the model anew and shard it over the group that there is now"
+                f"process group has {self.channel.size}: build the model anew and shard it over the group that there "
+                "is now"
             )
         agreement, problem = self._agreement(rows), None
         if self.data_parallel is not None and torch.is_grad_enabled():
@@ -204,9 +204,8 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
             continue
         if is_reentrant_checkpoint(node):
             raise ValueError(
-                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the other "
-                "kind computes "
-                "its gradients apart, where those of the other ranks cannot be added"
+                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the "
+                "other kind computes its gradients apart, where those of the other ranks cannot be added"
             )
         seen.add(node)
         nodes += [node for node, _ in node.next_functions]

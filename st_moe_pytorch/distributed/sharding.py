@@ -185,8 +185,7 @@ def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
     if is_managed_by_ddp(next(experts.parameters(), None)):
         raise RuntimeError(
             f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten "
-            "them with those of rank 0; "
-            "wrap the model with st_moe_pytorch.distributed.data_parallel instead"
+            "them with those of rank 0; wrap the model with st_moe_pytorch.distributed.data_parallel instead"
         )
 
 

@@ -128,8 +128,8 @@ def _refuse_parts_of_torchs_layers(feed_forward: FeedForward, modules: dict[str,
         if isinstance(layer, TORCH_LAYERS) and len(feed_forward.names) < len(TORCH_PARTS):
             raise ValueError(
                 f"where must match a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its "
-                f"feed-forward, got its {part}: in "
-                "evaluation, torch computes with the weights of its parts and does not call them"
+                f"feed-forward, got its {part}: in evaluation, torch computes with the weights of its parts and does "
+                "not call them"
             )
 
 
@@ -179,9 +179,9 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
         )
     if y.shape != (1, 2, dim):
         raise ValueError(
-            f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}. "
-            "If the model runs the parts of its feed-forwards one after another, name all of them, in order: "
-            "where=(first, ..., last)"
+            f"where must match whole feed-forwards, but {feed_forward} maps a width of "
+            f"{dim} to {y.shape[-1]}. If the model runs the parts of its feed-forwards "
+            "one after another, name all of them, in order: where=(first, ..., last)"
         )
 
 

@@ -147,8 +147,8 @@ def text_page(
         routing = routings[0]
         if len(tokens) != routing.indices.shape[1]:
             raise ValueError(
-                f"tokens must be the {routing.indices.shape[1]} tokens that {layer or 'the layer'} saw, got "
-                f"{len(tokens)}"
+                f"tokens must be the {routing.indices.shape[1]} tokens "
+                f"that {layer or 'the layer'} saw, got {len(tokens)}"
             )
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))

@@ -99,8 +99,8 @@ class Replay:
                 wanted = self.calls[name][-1].choices
                 if can_be_looked_at(routing.indices) and not torch.equal(routing.indices, wanted.indices.long()):
                     raise RuntimeError(
-                        f"the route of {_told(name)} must hand its choices= on to that of Gate: it has decided "
-                        "by itself"
+                        f"the route of {_told(name)} must hand its choices= "
+                        "on to that of Gate: it has decided by itself"
                     )
                 with torch.no_grad():
                     draws = torch.zeros_like(routing.gates)
@@ -118,8 +118,8 @@ class Replay:
         distance, _, call = min(calls, key=lambda known: known[:2], default=(math.inf, 0, None))
         if call is None or distance > 0.1:
             raise RuntimeError(
-                f"{_told(name)} runs again in the backward on tokens that it has not seen in this replay: run "
-                "both in it"
+                f"{_told(name)} runs again in the backward on tokens "
+                "that it has not seen in this replay: run both in it"
             )
         call.times_again += 1
         return call.choices
@@ -196,8 +196,8 @@ def _replayable(name: str, gate: nn.Module, records: Sequence[Choices]) -> Gate:
     """The gate, if it takes what it is to choose."""
     if not isinstance(gate, Gate) or "choices" not in signature(gate.decide).parameters:
         raise ValueError(
-            f"the gate of {_told(name)} must be a Gate whose decide takes choices= to be replayed, got a "
-            f"{type(gate).__name__}"
+            f"the gate of {_told(name)} must be a Gate whose decide "
+            f"takes choices= to be replayed, got a {type(gate).__name__}"
         )
     route = signature(gate.route).parameters
     if "choices" not in route and all(parameter.kind != Parameter.VAR_KEYWORD for parameter in route.values()):

@@ -129,9 +129,8 @@ class SparseFeedForward(nn.Module):
         if losses is None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_recomputing():
                 warnings.warn(
-                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run the "
-                    "model inside "
-                    "`with collect_aux_losses() as aux:` and add aux.total to the loss",
+                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run "
+                    "the model inside `with collect_aux_losses() as aux:` and add aux.total to the loss",
                     stacklevel=3,
                 )
             return
@@ -139,9 +138,9 @@ class SparseFeedForward(nn.Module):
             return
         if losses.total.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError(
-                "the auxiliary loss of a sparse layer has no gradient, because the layer runs without gradients "
-                "in a training step; "
-                "if this is activation checkpointing, choose the kind that keeps them: use_reentrant=False"
+                "the auxiliary loss of a sparse layer has no gradient, because the "
+                "layer runs without gradients in a training step; if this is activation "
+                "checkpointing, choose the kind that keeps them: use_reentrant=False"
             )
         losses.total = losses.total.to(aux_loss.device) + aux_loss
 

@@ -26,8 +26,7 @@ def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> n
     if isinstance(experts, nn.ModuleList) and len(list(experts.children())) < len(experts):
         raise ValueError(
             "experts must all be on this rank to be averaged: load "
-            "st_moe_pytorch.distributed.full_state_dict(model) into an unsharded "
-            "model and average its experts"
+            "st_moe_pytorch.distributed.full_state_dict(model) into an unsharded model and average its experts"
         )
     states = [expert.state_dict() for expert in experts]
     if not states:

@@ -224,11 +224,9 @@ def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0
             idle = int((load < 0.1 / experts).sum())
             warnings.warn(
                 f"the router of {layer or 'the layer'} has collapsed: expert {int(load.argmax())} gets "
-                f"{float(load.max()):.0%} of the "
-                f"choices, and {idle} of {experts} experts get less than a tenth of an equal share. Raise "
-                "balance_loss_coef, lower the "
-                "learning rate, keep router_z_loss_coef above 0, or train with noise_gates=True until the load "
-                "evens out",
+                f"{float(load.max()):.0%} of the choices, and {idle} of {experts} experts get less than "
+                "a tenth of an equal share. Raise balance_loss_coef, lower the learning rate, keep "
+                "router_z_loss_coef above 0, or train with noise_gates=True until the load evens out",
                 stacklevel=2,
             )
     return collapsed
