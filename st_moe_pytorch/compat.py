@@ -37,13 +37,18 @@ def is_fake(t: Tensor) -> bool:
     return isinstance(t, FakeTensor)
 
 
+def is_derived_forward() -> bool:
+    """Whether derivatives of forward mode are being computed."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def may_be_derived(*tensors: Tensor | float) -> bool:
     """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or
     many at a time.
     """
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
-    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed() or is_derived_forward():
         return True
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -106,6 +111,11 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(len, hooks))
+
+
+def watches_modules() -> bool:
+    """Whether hooks of all modules are set, as counters and debuggers do."""
+    return bool(nn.modules.module._has_any_global_hook())
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:

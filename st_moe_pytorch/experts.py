@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from types import NoneType
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import ProcessGroup, contents, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.compat import ProcessGroup, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
 from st_moe_pytorch.distributed.exchange import ExpertParallel, run_over_ranks
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
 from st_moe_pytorch.grouped import grouped_linear
-from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm, gated_gelu
+from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, looks
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
 
@@ -183,11 +182,11 @@ class Experts(nn.Module):
         """
         results: dict[int, Tensor] = {}
         refusals: list[Exception] = []
-        has_work = any(block.shape[1] > 0 for block in blocks)
+        may_wait = any(block.shape[1] > 0 for block in blocks) and not torch.is_grad_enabled()
+        experts = list(self.experts)
         for number, block in zip(numbers, blocks, strict=True):
             is_idle = block.shape[1] == 0
-            may_wait = is_idle and (results or has_work) and not torch.is_grad_enabled()
-            if may_wait and not has_hooks(self.experts[number]):
+            if is_idle and may_wait and not has_hooks(experts[number]):
                 continue
             try:
                 results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
@@ -238,32 +237,12 @@ def may_share_products(t: Tensor) -> bool:
     return t.device.type != "cpu" or is_blind(t)
 
 
-# modules that compute nothing but what their class and parameters say
-PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
-
-
 def are_alike(experts: nn.ModuleList) -> bool:
     """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into
     them.
     """
     first, *others = (looks(expert) for expert in experts)
     return first is not None and type(experts[0]) is Expert and all(other == first for other in others)
-
-
-def looks(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every
-    forward.
-    """
-    children, parameters = contents(module)
-    if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
-        return None
-    own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
-    parts = [(name, looks(child)) for name, child in children.items()]
-    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(
-        part is None for _, part in parts
-    ):
-        return None
-    return type(module), module.training, getattr(module, "p", None), own, parts
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:

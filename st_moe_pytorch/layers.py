@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from types import FunctionType
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from st_moe_pytorch.aligned import aligned_linear, may_align
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import fused, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import contents, fused, has_hooks, may_be_derived, with_known_signature
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
@@ -122,11 +123,18 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if not may_align(x) or looks(self.net) is None:
+            return self.net(x)
+        down = self.net[-1]
+        for layer in self.net:
+            x = aligned_linear(x, layer, layer is not down) if isinstance(layer, nn.Linear) else layer(x)
+        return x
 
 
 def gated_gelu(z: Tensor, mult_bias: Tensor | float = 1.0) -> Tensor:
-    """``gelu(gate) * x * mult_bias`` (..., d) of the halves x and gate of z (..., 2d)."""
+    """``gelu(gate) * x * mult_bias`` (..., d) of the halves x and gate of z (..., 2d), in the dtype of z."""
+    if isinstance(mult_bias, Tensor):
+        mult_bias = mult_bias.to(z.dtype)
     # compilers choose by themselves what to keep
     if torch.compiler.is_compiling() or z.numel() < SMALL or not may_be_derived(z, mult_bias):
         return _gated_gelu(z, mult_bias)
@@ -194,6 +202,26 @@ class _GatedGELU(Function):
             dx, dgate = dz.chunk(2, dim=-1)
             tangent = tangent + (F.gelu(gate) * dx + torch.ops.aten.gelu_backward(x * dgate, gate)) * mult_bias
         return tangent
+
+
+# modules that compute nothing but what their class and parameters say
+PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
+
+
+def looks(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every
+    forward.
+    """
+    children, parameters = contents(module)
+    if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
+        return None
+    own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
+    parts = [(name, looks(child)) for name, child in children.items()]
+    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(
+        part is None for _, part in parts
+    ):
+        return None
+    return type(module), module.training, getattr(module, "p", None), own, parts
 
 
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:

@@ -56,6 +56,20 @@ def test_transforms_are_noticed():
     assert not compat.is_transformed()
 
 
+def test_forward_mode_is_noticed():
+    assert not compat.is_derived_forward()
+    with torch.autograd.forward_ad.dual_level():
+        assert compat.is_derived_forward()
+
+
+def test_hooks_of_all_modules_are_noticed():
+    assert not compat.watches_modules()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert compat.watches_modules()
+    handle.remove()
+    assert not compat.watches_modules()
+
+
 def test_batches_are_told_from_other_transforms():
     seen = []
 

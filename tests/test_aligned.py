@@ -1,0 +1,171 @@
+"""Linear layers with hidden units in aligned rows, against the same layers called as modules."""
+
+import pytest
+import torch
+from oracles import assert_close
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+
+from st_moe_pytorch import Expert, MoE, layers
+from st_moe_pytorch.aligned import CACHE_LINE, WORTH_ALIGNING, aligned_linear, may_align
+
+DIM = 96
+ROWS = WORTH_ALIGNING // DIM + 1
+
+
+def expert_and_rows(requires_grad=True, **settings):
+    torch.manual_seed(0)
+    expert = Expert(DIM, **settings).double()
+    for parameter in expert.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return expert, torch.randn(3, ROWS // 3 + 1, DIM, dtype=torch.float64, requires_grad=requires_grad)
+
+
+@pytest.fixture
+def is_aligned(monkeypatch):
+    """Whether an expert computes its linear layers of x by `aligned_linear`."""
+    calls = []
+    monkeypatch.setattr(layers, "aligned_linear", lambda *inputs: calls.append(inputs) or aligned_linear(*inputs))
+
+    def asked(expert, x):
+        calls.clear()
+        expert(x)
+        return len(calls) == 2
+
+    return asked
+
+
+def line_of(t):
+    return t.stride(-2) * t.element_size() % CACHE_LINE
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"prenorm": True, "mult_bias": False}], ids=str)
+@pytest.mark.parametrize("frozen", [None, "0", "2"])
+def test_results_and_gradients_are_those_of_the_called_modules(settings, frozen, is_aligned):
+    expert, x = expert_and_rows(hidden_mult=1.1, **settings)
+    assert 2 * expert.net[-1].in_features % 8 != 0
+    assert is_aligned(expert, x)
+    if frozen is not None and hasattr(expert.net, frozen):
+        expert.net.get_submodule(frozen).requires_grad_(False)
+    cotangent, wanted = torch.randn_like(x), [x, *(p for p in expert.parameters() if p.requires_grad)]
+    got, expected = expert(x), expert.net(x)
+    assert_close(got, expected)
+    assert got.is_contiguous()
+    for mine, theirs in zip(
+        torch.autograd.grad(got, wanted, cotangent), torch.autograd.grad(expected, wanted, cotangent), strict=True
+    ):
+        assert_close(mine, theirs)
+    with torch.no_grad():
+        assert_close(expert(x), expected)
+
+
+def test_second_derivatives_are_those_of_the_called_modules():
+    expert, x = expert_and_rows(hidden_mult=1.1)
+    *wanted, last_bias = x, *expert.parameters()
+    cotangent = torch.randn_like(x)
+
+    def derive(forward):
+        first = torch.autograd.grad(forward(x), [*wanted, last_bias], cotangent, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    for mine, theirs in zip(derive(expert), derive(expert.net), strict=True):
+        assert_close(mine, theirs)
+
+
+def test_many_gradients_at_a_time():
+    expert, x = expert_and_rows(hidden_mult=1.1)
+    cotangents = torch.randn(2, *x.shape, dtype=x.dtype)
+    (got,) = torch.autograd.grad(expert(x), x, cotangents, is_grads_batched=True)
+    assert_close(got, torch.stack([torch.autograd.grad(expert.net(x), x, each)[0] for each in cotangents]))
+
+
+def test_hidden_units_and_their_gradients_begin_on_cache_lines():
+    expert, x = expert_and_rows(hidden_mult=1.1)
+    up, _, down = expert.net
+    assert line_of(up(x)) != 0
+    z = aligned_linear(x, up, to_hidden=True)
+    assert line_of(z) == 0
+
+    hidden = torch.randn(*x.shape[:-1], down.in_features, dtype=torch.float64, requires_grad=True)
+    strides = []
+    hidden.register_hook(lambda grad: strides.append(line_of(grad)))
+    aligned_linear(hidden, down, to_hidden=False).sum().backward()
+    assert strides == [0]
+
+
+class LikeLinear(nn.Linear):
+    pass
+
+
+def own_class(expert):
+    expert.net[0] = LikeLinear(DIM, expert.net[0].out_features).double()
+
+
+def assigned_forward(expert):
+    expert.net[2].forward = expert.net[2].forward
+
+
+CHANGES = {
+    "a hook on a layer": lambda expert: expert.net[0].register_forward_hook(lambda *_: None),
+    "a hook on the net": lambda expert: expert.net.register_forward_pre_hook(lambda *_: None),
+    "a parametrization": lambda expert: parametrizations.weight_norm(expert.net[2]),
+    "a class of its own": own_class,
+    "an assigned forward": assigned_forward,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layers_that_are_more_than_linear_are_called(change, is_aligned):
+    expert, x = expert_and_rows(requires_grad=False)
+    assert is_aligned(expert, x)
+    CHANGES[change](expert)
+    assert not is_aligned(expert, x)
+
+
+def test_inputs_that_are_not_plain_are_given_to_modules():
+    _, x = expert_and_rows(requires_grad=False)
+    assert may_align(x)
+    assert not may_align(x[:, :2])
+    assert not may_align(x.to("meta"))
+    assert not may_align(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not may_align(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert not may_align(x)
+    seen = []
+    torch.func.vmap(lambda each: seen.append(may_align(x)) or each)(x)
+    assert seen == [False]
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not may_align(x)
+    finally:
+        handle.remove()
+    assert may_align(x)
+
+
+def test_other_tensors_may_stand_in_for_parameters():
+    expert, x = expert_and_rows(requires_grad=False)
+    others = {name: torch.randn_like(p, requires_grad=True) for name, p in expert.named_parameters()}
+    got, expected = (functional_call(module, others, (x,)) for module in (expert, Called(expert.net)))
+    assert_close(got, expected)
+    got.sum().backward()
+    assert all(t.grad is not None for t in others.values())
+
+
+class Called(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_layer_of_many_tokens_equals_its_compiled_form():
+    torch.manual_seed(0)
+    moe = MoE(DIM, num_experts=2, capacity_factor_train=None).double()
+    x = torch.randn(1, 3 * ROWS, DIM, dtype=torch.float64)
+    assert may_align(x)
+    draws = torch.rand(1, 3 * ROWS, 2)
+    assert_close(moe(x, draws=draws).outputs, torch.compile(moe, backend="eager")(x, draws=draws).outputs)
