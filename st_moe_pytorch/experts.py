@@ -182,11 +182,12 @@ class Experts(nn.Module):
         """
         results: dict[int, Tensor] = {}
         refusals: list[Exception] = []
-        may_wait = any(block.shape[1] > 0 for block in blocks) and not torch.is_grad_enabled()
-        experts = list(self.experts)
+        experts, needs_grad = list(self.experts), torch.is_grad_enabled()
+        has_work = any(block.shape[1] > 0 for block in blocks)
         for number, block in zip(numbers, blocks, strict=True):
             is_idle = block.shape[1] == 0
-            if is_idle and may_wait and not has_hooks(experts[number]):
+            may_wait = is_idle and not needs_grad and (results or has_work)
+            if may_wait and not has_hooks(experts[number]):
                 continue
             try:
                 results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
@@ -205,7 +206,6 @@ class Experts(nn.Module):
         some = next(iter(results.values()))
         nothing = some.new_empty(1, 0, some.shape[-1])
         if len(results) < len(blocks):
-            needs_grad = torch.is_grad_enabled()
             for number in numbers:
                 if number not in results:
                     results[number] = used_for_nothing(nothing, self.experts[number]) if needs_grad else nothing

@@ -653,15 +653,15 @@ FAULTS = [
     Fault(
         "experts with hooks are skipped where nothing needs gradients",
         "experts.py",
-        " and not has_hooks(self.experts[number]):",
+        " and not has_hooks(experts[number]):",
         ":",
         "test_experts.py::test_without_gradients_idle_experts_run_only_with_hooks_or_if_all_are",
     ),
     Fault(
         "all experts are skipped where nobody has tokens and nothing needs gradients",
         "experts.py",
-        "may_wait = is_idle and (results or has_work) and not torch.is_grad_enabled()",
-        "may_wait = is_idle and not torch.is_grad_enabled()",
+        "may_wait = is_idle and not needs_grad and (results or has_work)",
+        "may_wait = is_idle and not needs_grad",
         "test_experts.py::test_without_gradients_idle_experts_run_only_with_hooks_or_if_all_are",
     ),
     Fault(
