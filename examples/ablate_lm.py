@@ -1,9 +1,8 @@
 """Ablate the recipe of ST-MoE on the small language model of train_lm.py: one change at a time, each over several
 seeds.
 
-    python examples/ablate_lm.py --jobs 2                                   # all of it: 44 minutes on two cores python
-    examples/ablate_lm.py --only "top 1" "top 3" --seeds 0           # some of it; the usual model is always there to
-    compare with
+    python examples/ablate_lm.py --jobs 2                               # all of it: 44 minutes on two cores
+    python examples/ablate_lm.py --only "top 1" "top 3" --seeds 0       # some of it, and the usual model
 
 Every run is a file in --out, and a run that is there is not repeated: what was interrupted goes on. Seeds fix initial
 weights, data and random numbers, so that a change is compared with the usual model of the same seed. Prints tables and

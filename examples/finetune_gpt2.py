@@ -1,8 +1,8 @@
 """Fine-tune a GPT-2 whose feed-forwards are swapped for sparse layers, with transformers.Trainer.
 
-    pip install -e '.[integrations]' python examples/finetune_gpt2.py                                   # a small model
-    of random weights on bytes: half a minute python examples/finetune_gpt2.py --model gpt2 --text FILE          # a
-    trained one, from the hub or a directory
+    pip install -e '.[integrations]'
+    python examples/finetune_gpt2.py                             # a small model of random weights: half a minute
+    python examples/finetune_gpt2.py --model gpt2 --text FILE    # a trained one, from the hub or a directory
 
 Experts start as copies of the dense feed-forwards, so that training starts from what the model could do before.
 """

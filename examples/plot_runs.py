@@ -1,7 +1,6 @@
 """Pictures of runs of train_lm.py, and a table that compares them.
 
-    python examples/plot_runs.py runs/*      # writes runs/comparison.png and prints bits per byte by kind of run, over
-    its seeds
+    python examples/plot_runs.py runs/*      # writes runs/comparison.png and prints bits per byte by kind of run
 
 A run's own picture, training.png, is drawn by train_lm.py.
 """

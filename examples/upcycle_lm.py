@@ -1,7 +1,7 @@
 """Upcycle a dense language model into a sparse one and see whether that beats training it on (Komatsuzaki et al. 2022).
 
-    python examples/upcycle_lm.py                    # train a dense model, then go on in three ways: about four minutes
-    on one core python examples/upcycle_lm.py --seeds 0 1 2
+    python examples/upcycle_lm.py                # train a dense model, then go on in three ways: 4 minutes on one core
+    python examples/upcycle_lm.py --seeds 0 1 2
 
 The sparse model starts where the dense one ended: its experts are copies of the dense feed-forwards, so that a token
 uses two instead of one, and takes longer. It is compared with the dense model after as many further steps, and after as

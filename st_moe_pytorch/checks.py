@@ -19,9 +19,8 @@ def typechecked(function: F) -> F:
     """Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
 
     @cache
-    def checked() -> Callable[
-        ..., Any
-    ]:  # at the first call, since importing beartype takes as long as importing this package
+    def checked() -> Callable[..., Any]:
+        # at the first call, since importing beartype takes as long as importing this package
         from beartype import BeartypeConf, FrozenDict, beartype
 
         numbers = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors

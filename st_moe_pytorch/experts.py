@@ -67,8 +67,8 @@ class Experts(nn.Module):
         """Run every expert on its own tokens, in either layout.
 
         Slots: x (b e n d) -> (b e n d'). Rows: x (t d) sorted by expert and offsets (e) int32, where each expert's rows
-        end -> (t d'). Rows behind the last offset are no
-            expert's: the very last of them gives zero, the others anything.
+        end -> (t d'). Rows behind the last offset are no expert's: the very last of them gives zero, the others
+        anything.
         """
         if isinstance(offsets, bool):  # 0.1.8 had is_distributed second
             offsets, is_distributed = None, offsets

@@ -1,12 +1,9 @@
-"""Where the copies of tokens stand that go to experts, and the two maps that follow it. Axes as in routing.py; N = b *
-n tokens.
+"""Where the copies of tokens stand that go to experts, and the two maps that follow it.
 
-One table of indices serves both layouts. *Rows* are sorted by expert; *slots* are buffers (b e c), partly empty. Either
-way the number t
-of places is known without a look at data, and the last place belongs to nobody: what stands there is zero, from
-    dispatch to combine, and
-choices that are not sent point to it. Rows between the end of the last expert's and the last one hold nothing that
-anyone may read.
+Axes as in routing.py; N = b * n tokens. One table of indices serves both layouts. *Rows* are sorted by expert; *slots*
+are buffers (b e c), partly empty. Either way the number t of places is known without a look at data, and the last place
+belongs to nobody: what stands there is zero, from dispatch to combine, and choices that are not sent point to it. Rows
+between the end of the last expert's and the last one hold nothing that anyone may read.
 
 Each map's adjoint is the other one, by gathering and never by adding into shared memory: results are the same bits in
 every run.

@@ -37,8 +37,7 @@ def coor_descent(scores: Tensor, k: float, n_iters: int = 20, eps: float = 0.1) 
     """Soft top-k by coordinate descent (CoLT5, Ainslie et al. 2023, section 3.1; Wright 2015).
 
     Maximises ``<scores, s> + eps * entropy(s)`` over selections ``0 <= s <= 1`` that sum to k, by ``n_iters``
-    alternating exact
-    updates of the dual variables: ``a`` of the sum and ``b`` of the upper bounds.
+    alternating exact updates of the dual variables: ``a`` of the sum and ``b`` of the upper bounds.
 
     scores (..., e) -> selection (..., e), each close to 0 or 1 where the scores are further apart than eps.
     """
