@@ -43,7 +43,7 @@ def shard_experts(
     are on rank 0.
 
     process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
-        experts are spread over the second one and replicated over the first, and their gradients are averaged over both.
+        experts are spread over the second one and replicated over the first, and gradients are averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
 
     Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut
