@@ -266,6 +266,20 @@ FAULTS = [
         "test_grouped.py::test_experts_that_differ_in_anything_are_called_one_by_one",
     ),
     Fault(
+        "traces count choices that reached no expert",
+        "tools/trace.py",
+        "is_counted = routing.kept & (kind >= 0).unsqueeze(-1)",
+        "is_counted = (kind >= 0).unsqueeze(-1).expand_as(routing.kept)",
+        "test_trace.py::test_counts_are_those_of_choices_that_reached_an_expert",
+    ),
+    Fault(
+        "experts are told by the most frequent tokens",
+        "tools/trace.py",
+        "above = self.counts - of_kind * self.load()",
+        "above = self.counts",
+        "test_trace.py::test_experts_are_told_by_what_they_get_above_their_share",
+    ),
+    Fault(
         "hidden units stand in rows as wide as they are",
         "aligned.py",
         "y = a.new_empty(len(rows), width + -width % (CACHE_LINE // a.element_size()))[:, :width]",

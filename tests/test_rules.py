@@ -26,6 +26,7 @@ from st_moe_pytorch.tools import (
     plan,
     replay,
     swap,
+    trace,
     upcycle,
     watch,
 )
@@ -58,7 +59,16 @@ ORDER = [
         "tools.find",
         "tools.swap",
     ),
-    *("tools.plan", "tools.audit", "tools.pictures", "tools.finetune", "tools.count", "tools.export", "tools"),
+    *(
+        "tools.plan",
+        "tools.audit",
+        "tools.trace",
+        "tools.pictures",
+        "tools.finetune",
+        "tools.count",
+        "tools.export",
+        "tools",
+    ),
     "st_moe_pytorch",
 ]
 
@@ -148,7 +158,7 @@ def public_functions():
     """All that users call: constructors and methods of public classes, and functions."""
     modules = [st_moe_pytorch, st_moe_pytorch.distributed]
     found = {f"{name}": getattr(module, name) for module in modules for name in module.__all__}
-    for module in (audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, upcycle, watch):
+    for module in (audit, balance, count, draws, export, finetune, pictures, plan, replay, swap, trace, upcycle, watch):
         found |= {
             name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from st_moe_pytorch.routing import Routing
 from st_moe_pytorch.tools.plan import Plan
+from st_moe_pytorch.tools.trace import Trace, visible
 from st_moe_pytorch.tools.watch import RoutingStats
 
 RECORD = "run the model inside record_routing"
@@ -120,6 +121,7 @@ body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em;
   color: #222; background: #fff }
 h1, h2, .hint { font: 15px/1.5 sans-serif } h1 { font-size: 22px } h2 { font-weight: bold }
 .legend span { margin-right: .6em } span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
+td, th { padding: .1em .8em; text-align: left; vertical-align: top; font-weight: normal }
 .none { outline: 1px dashed #c00; background: none }
 """
 
@@ -160,8 +162,37 @@ def text_page(
         sections.append(
             f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>'
         )
+    return _page(title, HINT, sections)
+
+
+def expert_page(
+    traces: Mapping[str, Trace], names: Sequence[str], most: int = 12, title: str = "What experts take"
+) -> str:
+    """An HTML page of `tools.trace.expert_table`: what each expert gets most above its share, a section per layer.
+
+    names: of the kinds of tokens, by number. The darker a token, the larger the share of its choices that the expert
+    got; pointing at it tells how many.
+    """
+    _check_not_empty("traces", traces, RECORD)
+    sections = []
+    for layer, traced in traces.items():
+        rows = ""
+        for expert, (load, shares) in enumerate(zip(traced.load().tolist(), traced.top(most), strict=True)):
+            tokens = " ".join(
+                f'<span style="background:hsl(210 80% {95 - 45 * of_kind:.0f}%)" title="{count:,} tokens, '
+                f'{of_kind:.0%} of all choices of this one"> {escape(visible(names[kind]))} </span>'
+                for kind, count, of_kind in shares
+            )
+            rows += f"<tr><td>{expert}</td><td>{load:.1%}</td><td>{tokens}</td></tr>"
+        head = "<tr><th>expert</th><th>share</th><th>gets most, above its share</th></tr>"
+        sections.append(f"<section><h2>{escape(layer or 'layer')}</h2><table>{head}{rows}</table></section>")
+    hint = "The darker a token, the larger the share of its choices that the expert got. Point at it to read how many."
+    return _page(title, hint, sections)
+
+
+def _page(title: str, hint: str, sections: Sequence[str]) -> str:
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    body = f'<h1>{escape(title)}</h1><p class="hint">{HINT}</p>{"".join(sections)}'
+    body = f'<h1>{escape(title)}</h1><p class="hint">{hint}</p>{"".join(sections)}'
     return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
