@@ -9,12 +9,9 @@ weights, data and random numbers, so that a change is compared with the usual mo
 draws ablations.png.
 """
 
-import json
 import math
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -24,10 +21,9 @@ from language_model import LanguageModel
 from matplotlib.figure import Figure
 from optimizers import adamw
 from options import option, parse
-from processes import processes
 from runs import spread
+from sweeps import Run, results
 from torch import nn
-from tqdm import tqdm
 from train_lm import WIDE, Settings, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock
@@ -124,7 +120,6 @@ def run(change: str, seed: int, settings: Ablations) -> dict:
     return {
         "change": change,
         "seed": seed,
-        "settings": run_settings(change, settings),
         "seconds": seconds,
         "bits": evaluate_at_capacities(model, validation, settings),
         "dropped": mean(figures["dropped"] for figures in seen),
@@ -147,47 +142,6 @@ def evaluate_at_capacities(model: nn.Module, validation: torch.Tensor, settings:
 def run_settings(change: str, settings: Ablations) -> dict:
     """All that the numbers of a run depend on, but its seed."""
     return USUAL | CHANGES[change] | {name: getattr(settings, name) for name in SIZES}
-
-
-def run_alone(change: str, seed: int, settings: Ablations) -> dict:
-    torch.set_num_threads(1)
-    with processes():
-        return run(change, seed, settings)
-
-
-def result_path(change: str, seed: int, settings: Ablations) -> Path:
-    return settings.out / f"{change.replace(', ', ' ').replace(' ', '-')}-{seed}.json"
-
-
-def read_result(change: str, seed: int, settings: Ablations) -> dict | None:
-    path = result_path(change, seed, settings)
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    if result["settings"] != run_settings(change, settings):
-        raise SystemExit(
-            f"ablate_lm.py: {path} was run with other settings, {result['settings']}: choose another --out"
-        )
-    return result
-
-
-def run_missing(changes: list[str], settings: Ablations) -> list[dict]:
-    """Results of all runs, by change and then by seed; those that are not there yet are run."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(change, seed) for change in changes for seed in settings.seeds]
-    missing = [each for each in wanted if read_result(*each, settings) is None]
-    with (
-        ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="run") as progress,
-    ):
-        for done in as_completed([pool.submit(run_alone, *each, settings) for each in missing]):
-            result = done.result()
-            runs.write_whole(result_path(result["change"], result["seed"], settings), json.dumps(result))
-            progress.write(
-                f"{result['change']}, seed {result['seed']}: {result['bits']['none dropped']:.3f} bits per byte"
-            )
-            progress.update()
-    return [read_result(*each, settings) for each in wanted]
 
 
 def differences(results: list[dict], change: str, compared_with: str = "usual") -> list[float]:
@@ -270,9 +224,14 @@ def plot_ablations(results: list[dict], changes: list[str], path: Path) -> None:
 def main() -> None:
     settings = parse(Ablations, __doc__, only=("out", "only", "seeds", "jobs", *SIZES), **WIDE | {"steps": 1000})
     changes = [change for change in CHANGES if not settings.only or change in ("usual", *settings.only)]
-    results = run_missing(changes, settings)
-    print_tables(results, changes)
-    plot_ablations(results, changes, settings.out / "ablations.png")
+    wanted = [
+        Run(f"{change}-{seed}", (change, seed, settings), run_settings(change, settings))
+        for change in changes
+        for seed in settings.seeds
+    ]
+    found = results(run, wanted, settings.out, settings.jobs)
+    print_tables(found, changes)
+    plot_ablations(found, changes, settings.out / "ablations.png")
     print(f"\nwrote {settings.out / 'ablations.png'}")
 
 

@@ -7,11 +7,8 @@ Every run is a file in --out, and a run that is there is not repeated. Seeds fix
 numbers. Prints a table: the largest load over an equal one, in training steps before the next change of the bias.
 """
 
-import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -20,8 +17,7 @@ import torch
 from language_model import LanguageModel
 from optimizers import muon_and_adamw
 from options import option, parse
-from processes import processes
-from tqdm import tqdm
+from sweeps import Run, results
 from train_lm import Settings, evaluate, learning_rate, training_batch, update
 
 from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
@@ -64,27 +60,24 @@ def build_model(way: dict, settings: Balances) -> LanguageModel:
 
 def run(name: str, seed: int, settings: Balances) -> dict:
     """Train one model and tell how its experts were loaded, and how well it predicts."""
-    torch.set_num_threads(1)
     way, settings = WAYS[name], replace(settings, seed=seed)
-    with processes():
-        text, validation = runs.read_corpus(settings.text, settings.seq_len)
-        torch.manual_seed(seed)
-        model = build_model(way, settings)
-        optimizers = muon_and_adamw(model, settings.lr)
-        balance = LossFreeBalance(model, way["rule"]) if way["rule"] else None
-        loads, dropped = [], []
-        for step in range(settings.steps):
-            batch = training_batch(text, step, settings)
-            with balance or nullcontext(), record_routing(model) as routings:
-                update(model, optimizers, batch, learning_rate(step, settings), settings)
-            if balance:
-                balance.step()
-            layers = [routing for records in routings.values() for routing in records]
-            chosen = [layer.indices.flatten().bincount(minlength=settings.experts).double() for layer in layers]
-            loads.append(max(float(counts.max() / counts.mean()) for counts in chosen))
-            dropped.append(mean(RoutingStats.of(layer).scalars()["dropped"] for layer in layers))
-        bits = evaluate(model, validation, settings)
-    return {"loads": loads, "dropped": mean(dropped), "bits": bits, "settings": run_settings(name, settings)}
+    text, validation = runs.read_corpus(settings.text, settings.seq_len)
+    torch.manual_seed(seed)
+    model = build_model(way, settings)
+    optimizers = muon_and_adamw(model, settings.lr)
+    balance = LossFreeBalance(model, way["rule"]) if way["rule"] else None
+    loads, dropped = [], []
+    for step in range(settings.steps):
+        batch = training_batch(text, step, settings)
+        with balance or nullcontext(), record_routing(model) as routings:
+            update(model, optimizers, batch, learning_rate(step, settings), settings)
+        if balance:
+            balance.step()
+        layers = [routing for records in routings.values() for routing in records]
+        chosen = [layer.indices.flatten().bincount(minlength=settings.experts).double() for layer in layers]
+        loads.append(max(float(counts.max() / counts.mean()) for counts in chosen))
+        dropped.append(mean(RoutingStats.of(layer).scalars()["dropped"] for layer in layers))
+    return {"loads": loads, "dropped": mean(dropped), "bits": evaluate(model, validation, settings)}
 
 
 def run_settings(name: str, settings: Balances) -> dict:
@@ -94,22 +87,19 @@ def run_settings(name: str, settings: Balances) -> dict:
 
 def main() -> None:
     settings = parse(Balances, __doc__, only=("out", "only", "seeds", "jobs", *SIZES))
-    settings.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in WAYS if not settings.only or name in settings.only]
-    each = [(name, seed) for name in names for seed in settings.seeds]
-    paths = {(name, seed): settings.out / f"{name.replace(' ', '-')}-{seed}.json" for name, seed in each}
-    with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
-        missing = {pool.submit(run, *which, settings): path for which, path in paths.items() if not path.exists()}
-        for done in tqdm(as_completed(missing), total=len(missing), unit="run"):
-            runs.write_whole(missing[done], json.dumps(done.result()))
+    wanted = [
+        Run(f"{name}-{seed}", (name, seed, settings), run_settings(name, settings))
+        for name in names
+        for seed in settings.seeds
+    ]
+    found = iter(results(run, wanted, settings.out, settings.jobs))
     print("| balanced by | largest / equal load: mean of steps | worst step | dropped in training | bits per byte |")
     print("|---|---|---|---|---|")
     for name in names:
-        results = [json.loads(paths[name, seed].read_text()) for seed in settings.seeds]
-        if any(result["settings"] != run_settings(name, settings) for result in results):
-            raise SystemExit(f"balance_lm.py: {settings.out} has runs of other settings: choose another --out")
-        means, worst = ([of(result["loads"]) for result in results] for of in (mean, max))
-        dropped, bits = ([result[key] for result in results] for key in ("dropped", "bits"))
+        of_seeds = [next(found) for _ in settings.seeds]
+        means, worst = ([of(result["loads"]) for result in of_seeds] for of in (mean, max))
+        dropped, bits = ([result[key] for result in of_seeds] for key in ("dropped", "bits"))
         cells = runs.spread(means), runs.spread(worst), runs.spread(dropped, ".1%"), runs.spread(bits)
         print(f"| {' | '.join((name, *cells))} |")
 
