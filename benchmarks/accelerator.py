@@ -92,9 +92,7 @@ class Clock:
 
 
 def layer(work: Work, plain: bool) -> MoE:
-    """All choices asked for, nothing dropped, as in the experts of transformers; plain: without what those do not
-    have.
-    """
+    """A layer that asks for all choices and drops none, as transformers' experts; plain: without what those lack."""
     mult = work.hidden * 1.5 / work.dim + 1e-6
     experts = [Expert(work.dim, mult, mult_bias=not plain, bias=not plain) for _ in range(work.experts)]
     gate = TopNGating(work.dim, work.experts, top_n=work.k, capacity_factor_train=None, capacity_factor_eval=None)

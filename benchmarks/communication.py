@@ -1,5 +1,4 @@
-"""Which way of bringing rows to the experts of other ranks, and back, is fastest? Compares them in one run, with the
-bytes really sent.
+"""Compare the ways of bringing rows to other ranks' experts and back, in one run: times, and bytes really sent.
 
     python benchmarks/communication.py
 
@@ -32,9 +31,7 @@ Traffic = list[list[int]]
 
 
 def pick(everything: Tensor, sizes: list[int], traffic: Traffic, rank: int) -> Tensor:
-    """This rank's rows among those of all ranks, which lie in blocks of ``sizes``, the traffic of a rank first in its
-    block.
-    """
+    """This rank's rows among all ranks', in blocks of ``sizes``, the traffic of each rank first in its block."""
     starts = list(accumulate(sizes, initial=0))
     firsts = [start + sum(sent[:rank]) for start, sent in zip(starts, traffic, strict=False)]
     return torch.cat([everything[first : first + sent[rank]] for first, sent in zip(firsts, traffic, strict=True)])

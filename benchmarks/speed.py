@@ -1,5 +1,6 @@
-"""How close is the layer to its experts' matrix products alone, and how far from other implementations? Ratios of the
-same round.
+"""How close is the layer to its experts' matrix products alone, and how far from other implementations?
+
+Printed are ratios of the same round.
 
     python benchmarks/speed.py                       # everything, about half an hour
     python benchmarks/speed.py --only decoding       # the workloads with that word in their name
@@ -73,7 +74,9 @@ WORKLOADS = [
 
 
 def is_possible(contender: str, work: Workload) -> bool:
-    """0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run
+    """Whether a contender can run a workload.
+
+    0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run
     without.
     """
     if work.compiled or work.autocast:
@@ -108,9 +111,7 @@ def mixtral(work: Workload) -> Any:
 
 
 def matrix_products(work: Workload, x: Tensor) -> Callable[[], object]:
-    """The two products of every expert that has rows and, in training, the four of their backward, with the results
-    kept for a step.
-    """
+    """The two products of each expert with rows and, in training, its backward's four; results are kept for a step."""
     moe = layer(work)
     routing = moe.gate.route(x.detach())
     layout = routing.rows()

@@ -1,5 +1,4 @@
-"""Ablate the recipe of ST-MoE on the small language model of train_lm.py: one change at a time, each over several
-seeds.
+"""Ablate ST-MoE's recipe on the small language model of train_lm.py: one change at a time, each over several seeds.
 
     python examples/ablate_lm.py --jobs 2                               # all of it: 44 minutes on two cores
     python examples/ablate_lm.py --only "top 1" "top 3" --seeds 0       # some of it, and the usual model

@@ -37,9 +37,7 @@ class Attention(nn.Module):
 
 
 class LocalContext(nn.Module):
-    """Adds to every byte the ``width`` bytes before it, weighted by channel, (b n d) -> (b n d): Canon layers
-    (Allen-Zhu 2025).
-    """
+    """Canon layer (Allen-Zhu 2025), (b n d) -> (b n d): adds to a byte the ``width`` before it, weighted by channel."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()

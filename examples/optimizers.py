@@ -24,8 +24,9 @@ def adamw(model: nn.Module, lr: float, without: Iterable[Tensor] = ()) -> Optimi
 
 
 def muon_and_adamw(model: nn.Module, lr: float) -> list[Optimizer]:
-    """Muon (Jordan 2024) for the matrices of attention and feed-forwards, AdamW for the rest: as usual, for routers and
-    logits too.
+    """Muon (Jordan 2024) for the matrices of attention and feed-forwards, AdamW for the rest.
+
+    As usual, the rest includes routers and logits.
     """
     named = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inner = [weight for name, weight in named if not name.endswith("to_gates") and not name.startswith("to_logits")]

@@ -132,9 +132,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
-    """States of model and optimizers under global names: those of the experts on this rank, and all that ranks
-    share.
-    """
+    """States of model and optimizers under global names: those of this rank's experts, and all that ranks share."""
     model_state, optimizer_state = get_state_dict(model, optimizers, options=FLAT)
     return {"model": model_state, "optimizer": optimizer_state}
 

@@ -27,8 +27,9 @@ def may_align(x: Tensor) -> bool:
 
 
 def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
-    """``linear(x)`` of x (..., i). Aligned are the results (..., o) if those are the hidden units, or else their
-    gradients.
+    """``linear(x)`` of x (..., i), with the hidden units or their gradients in aligned rows.
+
+    Aligned are the results (..., o) if those are the hidden units, or else the gradients of x.
     """
     inputs = x, linear.weight, linear.bias
     linear_of = _Linear.apply if may_be_derived(*inputs) else _Linear.forward

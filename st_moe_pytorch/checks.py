@@ -1,5 +1,6 @@
-"""Checks of what users pass in. Every error names the argument, its value and the fix; nothing is changed before it is
-raised.
+"""Checks of what users pass in.
+
+Every error names the argument, its value and the fix; nothing is changed before it is raised.
 """
 
 import math
@@ -49,8 +50,9 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_finite(**numbers: float) -> None:
-    """Raise ValueError unless every named number is finite. Tensors are taken at their word, since a look at them may
-    wait for a device.
+    """Raise ValueError unless every named number is finite.
+
+    Tensors are taken at their word, since a look at them may wait for a device.
     """
     for name, number in numbers.items():
         if not isinstance(number, Tensor) and not math.isfinite(number):
@@ -58,9 +60,7 @@ def check_finite(**numbers: float) -> None:
 
 
 def is_blind(t: Tensor) -> bool:
-    """Whether nothing may depend on the values of a tensor: in code that is compiled, exported or traced, and where it
-    has none.
-    """
+    """Whether nothing may depend on a tensor's values: in compiled, exported or traced code, or where it has none."""
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return is_traced or t.is_meta or is_fake(t)
 
@@ -137,9 +137,7 @@ def check_thresholds(thresholds: Tensor, top_n: int, name: str) -> None:
 
 
 def refuse_old_pickle(module: nn.Module, state: dict[str, Any], needed: str) -> None:
-    """Raise RuntimeError for the state of a whole module that an older version pickled, which lacks an attribute that
-    is needed here.
-    """
+    """Raise RuntimeError for a whole module pickled by an older version, whose state lacks an attribute needed here."""
     if needed not in state:
         raise RuntimeError(
             f"this {type(module).__name__} was pickled by another version of st-moe-pytorch, such as 0.1.8, and "

@@ -43,9 +43,7 @@ def is_derived_forward() -> bool:
 
 
 def may_be_derived(*tensors: Tensor | float) -> bool:
-    """Whether a derivative of what is computed from these tensors may be asked for, of reverse or of forward mode, or
-    many at a time.
-    """
+    """Whether results of these tensors may be differentiated, in reverse or forward mode, or many at a time."""
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
     if is_transformed() or is_derived_forward():
@@ -60,11 +58,10 @@ WORTH_FUSING = 2**20  # numbers; of fewer, a kernel takes less time than finding
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: the function, as few kernels where its first tensor is a large one on a GPU for which torch.compile
-    has Triton.
+    """Decorator: the function, as few kernels where its first tensor is a large one on a GPU.
 
-    For functions of tensors that are called without a graph, as in `torch.autograd.Function`; elsewhere they run as
-    they are written.
+    That takes a GPU for which torch.compile has Triton. For functions of tensors that are called without a graph, as in
+    `torch.autograd.Function`; elsewhere they run as they are written.
     """
 
     @wraps(function)
@@ -100,8 +97,9 @@ F = TypeVar("F", bound=type[Function])
 
 
 def with_known_signature(function: F) -> F:
-    """Class decorator for autograd functions: torch looks up the signature of forward in every call, as long as a small
-    product takes.
+    """Class decorator for autograd functions that stores the signature of their forward.
+
+    Otherwise, torch works it out in every call, which takes as long as a small product.
     """
     function.forward.__signature__ = signature(function.forward)
     return function
@@ -119,9 +117,7 @@ def watches_modules() -> bool:
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write tensors into a stack of them, which may have another dtype: in few kernels, where torch.stack casts one by
-    one.
-    """
+    """Write tensors into a stack of them, maybe of another dtype, in few kernels: torch.stack casts one by one."""
     if stack.dtype == tensors[0].dtype:
         torch.stack(list(tensors), out=stack)
     else:
@@ -129,9 +125,7 @@ def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def contents(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter | None]]:
-    """Its own modules and parameters by name, without the search for repeated ones that their public names go
-    through.
-    """
+    """A module's own modules and parameters by name, without the public methods' search for repeated ones."""
     return module._modules, module._parameters  # pyright: ignore[reportReturnType]
 
 
@@ -143,9 +137,7 @@ def name_exported_tuple(cls: type, name: str) -> None:
 def eager(
     function: Callable[..., Any], because: str = "tokens go to other ranks, in numbers that depend on data"
 ) -> Callable[..., Any]:
-    """The function, run in eager mode where it is called by code that torch.compile traces; with fullgraph=True that is
-    an error.
-    """
+    """The function, run in eager mode where torch.compile traces its caller; with fullgraph=True that is an error."""
     if not torch.compiler.is_compiling():
         return function
     torch._dynamo.graph_break(msg=f"{because}: compile without fullgraph=True")

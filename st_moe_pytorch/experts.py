@@ -90,8 +90,9 @@ class Experts(nn.Module):
         return rearrange(y, "(e b n) d -> b e n d", b=b, e=e, n=n)
 
     def shard(self, parallel: ExpertParallel) -> None:
-        """Keep only the experts that this rank computes, under their numbers; the others become None. Called by
-        `shard_experts`.
+        """Keep only the experts that this rank computes, under their numbers; the others become None.
+
+        Called by `shard_experts`.
         """
         for number in range(self.num_experts):
             if number not in parallel.experts:
@@ -100,9 +101,7 @@ class Experts(nn.Module):
         self.is_distributed = True
 
     def layout(self, routing: Routing) -> Layout:
-        """How the experts want the tokens of a routing: in rows or, where these cannot be told apart without a look at
-        data, in slots.
-        """
+        """How experts want a routing's tokens: in rows or, where only a look at data tells these apart, in slots."""
         in_rows = self.parallel is not None or self.is_distributed
         in_rows = in_rows or (not is_batched() and (not is_blind(routing.indices) or are_alike(self.experts)))
         return routing.rows() if in_rows else routing.buffers(filled=True)
@@ -231,23 +230,20 @@ class Experts(nn.Module):
 
 
 def may_share_products(t: Tensor) -> bool:
-    """Whether experts that are alike run through shared products: everywhere but in eager mode on CPU, where a loop is
-    as fast.
-    """
+    """Whether experts that are alike share products: everywhere but in eager mode on CPU, where a loop is as fast."""
     return t.device.type != "cpu" or is_blind(t)
 
 
 def are_alike(experts: nn.ModuleList) -> bool:
-    """Whether all experts are `Expert`s of one shape and mode, and nothing has been put around them, onto them or into
-    them.
-    """
+    """Whether all are `Expert`s of one shape and mode, with nothing put around them, onto them or into them."""
     first, *others = (looks(expert) for expert in experts)
     return first is not None and type(experts[0]) is Expert and all(other == first for other in others)
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Rows (t d) -> (t d') by experts that are alike. gamma and mult_bias scale the columns of the matrix that comes
-    after them.
+    """Rows (t d) -> (t d') by experts that are alike.
+
+    gamma and mult_bias scale the columns of the matrix that comes after them.
     """
     layers: list[tuple[Any, ...]] = list(zip(*(expert.net for expert in experts), strict=True))
     norms = layers.pop(0) if isinstance(layers[0][0], RMSNorm) else ()

@@ -1,6 +1,4 @@
-"""What a router is to the rest of the library: tokens are projected to logits once for all of them, and then one
-decides.
-"""
+"""What a router is to the rest of the library: a projection of tokens to logits, the same for all, and a decision."""
 
 import threading
 import warnings
@@ -33,8 +31,9 @@ def tell(decider: nn.Module, routing: Routing) -> Routing:
 
 
 REPLAYS: list[Callable[[nn.Module, Tensor, Tensor | None], Choices | None]] = []
-"""Who may have recorded what routers are to choose. In all threads, since backward passes run layers again in threads
-of their own.
+"""Who may have recorded what routers are to choose.
+
+In all threads, since backward passes run layers again in threads of their own.
 """
 
 
@@ -47,9 +46,7 @@ def replayed(decider: nn.Module, x: Tensor, mask: Tensor | None) -> Choices | No
 
 
 class RouterLinear(nn.Linear):
-    """Linear without bias from tokens (... d) of any dtype to logits (... e), in float32 or, for float64 tokens, in
-    float64.
-    """
+    """Linear without bias: tokens (... d) of any dtype -> logits (... e) in float32, or float64 for float64 tokens."""
 
     def __init__(self, dim: int, num_gates: int) -> None:
         super().__init__(dim, num_gates, bias=False)
@@ -80,8 +77,9 @@ class Routed(nn.Module, Generic[R]):
 
 
 class Gate(Routed[DenseRouting]):
-    """The router of an `MoE` layer. A subclass says in `decide` what happens to a batch of logits; the rest is here,
-    for all of them.
+    """The router of an `MoE` layer.
+
+    A subclass says in `decide` what happens to a batch of logits; the rest is here, for all of them.
 
     dim, num_gates: width of a token and number of experts.
     group_size: tokens that share a capacity, regrouped over sequences; None: a sequence is a group. For subclasses to
@@ -119,8 +117,9 @@ class Gate(Routed[DenseRouting]):
         noised: Tensor | None = None,
         choices: Choices | None = None,
     ) -> Routing:
-        """Where tokens with these logits (b n e), float32 or float64, go. No projection is needed: recorded logits will
-        do.
+        """Where tokens with these logits (b n e), float32 or float64, go.
+
+        No projection is needed: recorded logits will do.
 
         mask (b n) bool, True for real tokens.
         draws (b n k): uniform numbers in [0, 1) in place of fresh ones, for routers that draw.
@@ -201,8 +200,9 @@ class Gate(Routed[DenseRouting]):
         return expert_capacity(tokens, self.num_gates, factor, self.min_expert_capacity)
 
     def groups(self, b: int, n: int) -> tuple[int, int]:
-        """Number and size of the groups that b sequences of n tokens form; ``group_size`` is met as Mesh-TensorFlow
-        does, by a divisor.
+        """Number and size of the groups that b sequences of n tokens form.
+
+        ``group_size`` is met as Mesh-TensorFlow does, by a divisor of the number of tokens.
         """
         check_counts(group_size=self.group_size)
         if self.group_size is None:
@@ -221,9 +221,7 @@ class Gate(Routed[DenseRouting]):
 
 
 def is_dense(gate: nn.Module) -> bool:
-    """Whether a gate decides by the dense tensors of its forward: it is hooked, or has another forward than `Gate`, or
-    has no ``route``.
-    """
+    """Whether a gate decides by its forward's dense tensors: it is hooked, has no ``route`` or not `Gate`'s forward."""
     if not hasattr(gate, "route") or has_hooks(gate):
         return True
     return isinstance(gate, Gate) and is_overridden(gate, Gate)

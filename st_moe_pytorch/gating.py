@@ -33,8 +33,7 @@ else:
 
 
 class TopNGating(Gate):
-    """Top-n gating of ST-MoE (Zoph et al. 2022, section 2) with the routing rules of Google's Mesh-TensorFlow
-    implementation.
+    """Top-n gating of ST-MoE (Zoph et al. 2022, section 2) with the routing rules of Google's Mesh-TensorFlow code.
 
     1. logits = to_gates(x), probabilities = softmax(logits), in float32 whatever the dtype of x (float64 for float64)
     2. each token chooses its ``top_n`` most probable experts, ties to the lowest index; its gates are those

@@ -1,5 +1,6 @@
-"""The one product for all experts: rows sorted by expert, each times its expert's own matrix. Axes: e experts, t rows,
-i and o widths.
+"""The one product for all experts: rows sorted by expert, each times its expert's own matrix.
+
+Axes: e experts, t rows, i and o widths.
 
 ``grouped_linear`` takes lists of the experts' own parameters: they stay where they are, in their modules. It is made of
 operators of torch, so that code around it compiles and exports to one graph for every dtype, whose size does not grow
@@ -31,8 +32,7 @@ ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multipl
 def grouped_linear(
     rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor
 ) -> Tensor:
-    """``(rows * scales[j]) @ weights[j].T + biases[j]`` for the rows of each expert j: (t i) -> (t o), in the dtype of
-    rows.
+    """``(rows * scales[j]) @ weights[j].T + biases[j]`` for the rows of each expert j: (t i) -> (t o), in rows' dtype.
 
     weights: e times (o i); biases: e times (o), or none; scales: e times (i), or none. They are cast to the dtype of
         rows.
@@ -84,8 +84,9 @@ stacked.register_autograd(_unstacked, setup_context=_keep_shape)
 
 @torch.library.custom_op("st_moe_pytorch::grouped_product", mutates_args=())
 def grouped_product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """``rows @ matrices[j].T`` for the rows of each expert j: (t i), (e o i) -> (t o), all sizes aligned; nobody's row
-    gives zero.
+    """``rows @ matrices[j].T`` for the rows of each expert j: (t i), (e o i) -> (t o), all sizes aligned.
+
+    The last row gives zero if it is nobody's.
     """
     y = F.grouped_mm(rows, matrices.transpose(1, 2), offs=offsets)
     y[-1:].masked_fill_(offsets[-1] < len(y), 0.0)

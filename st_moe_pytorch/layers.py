@@ -50,8 +50,9 @@ class RMSNorm(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020) with a multiplicative bias: halves x and gate of (..., 2d) -> ``gelu(gate) * x *
-    mult_bias`` (..., d).
+    """Gated GELU (Shazeer 2020) with a multiplicative bias, (..., 2d) -> (..., d).
+
+    ``gelu(gate) * x * mult_bias``, where x and gate are the halves of the input.
 
     Of inputs that are not small, its backward keeps nothing else and computes the rest again, at no measurable time.
     """
@@ -209,9 +210,7 @@ PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
 def looks(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a plain module computes but for the values of its parameters; None for any other module. Asked for in every
-    forward.
-    """
+    """What a plain module computes but for its parameters' values; None for any other. Asked for in every forward."""
     children, parameters = contents(module)
     if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
         return None

@@ -62,8 +62,7 @@ def rows_layout(experts: Tensor, num_experts: int, most: int) -> Layout:
 
 
 def slots_layout(positions: Tensor, buffers: tuple[int, int, int], filled: bool = False) -> Layout:
-    """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c standing for one that is not
-    sent.
+    """Places (b e c) in a row, for choices with their position (N k) in it, b * e * c for one that is not sent.
 
     filled: empty slots get copies of a token that is sent, if any is, and not zeros, which some experts cannot work
         with.
@@ -88,16 +87,15 @@ def as_int(size: int) -> int:
 
 
 def _inverse(numbers: Tensor, size: int, missing: int) -> Tensor:
-    """(size): where in ``numbers`` each number below size stands, or ``missing``. The number ``size`` stands for
-    none.
-    """
+    """(size): where in ``numbers`` each number below size stands, or ``missing``; ``size`` itself stands for none."""
     places = torch.arange(numbers.shape[0], device=numbers.device)
     return numbers.new_full((size + 1,), missing).scatter(0, numbers, places)[:-1]
 
 
 def gather(x: Tensor, layout: Layout) -> Tensor:
-    """Tokens x (N d) -> rows (t d), the last one zero. Adjoint: each token sums the gradients of its rows, in order of
-    choices.
+    """Tokens x (N d) -> rows (t d), the last one zero.
+
+    Adjoint: each token sums the gradients of its rows, in order of choices.
     """
     rows = _gather(x, layout.tokens, layout.choices, layout.places)
     return rows if layout.empty is None else rows.masked_fill(layout.empty.unsqueeze(-1), 0.0)
@@ -109,9 +107,7 @@ def straight_through(rows: Tensor, gates: Tensor, layout: Layout) -> Tensor:
 
 
 def weighted_sum(y: Tensor, gates: Tensor, layout: Layout) -> Tensor:
-    """Rows y (t d') and gates (N k) -> tokens (N d') in their wider dtype: the rows of each token's choices, times
-    their gates, summed.
-    """
+    """Rows y (t d') and gates (N k) -> tokens (N d') in the wider dtype: sums of their choices' rows times gates."""
     return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places)
 
 
@@ -181,9 +177,7 @@ MOST_UNROLLED = 16  # choices of a token
 
 @fused
 def _sum_each(y: Tensor, gates: Tensor, places: Tensor) -> Tensor:
-    """Sums (N d) in float32 or more, choice after choice: where memory is what takes time, in one kernel that reads
-    each row once.
-    """
+    """Sums (N d) in float32 or more, choice by choice: where memory takes the time, one kernel that reads rows once."""
     wide = torch.promote_types(torch.promote_types(y.dtype, gates.dtype), torch.float32)
     total = torch.zeros(places.shape[0], y.shape[1], dtype=wide, device=y.device)
     for j in range(places.shape[1]):

@@ -1,5 +1,6 @@
-"""`grouped_linear` by a product for each expert, where there is no kernel for all of them. Axes: e experts, t rows, i
-and o widths.
+"""`grouped_linear` by a product for each expert, where there is no kernel for all of them.
+
+Axes: e experts, t rows, i and o widths.
 
 It looks at the offsets, once each way, which an accelerator has to be waited for.
 """
@@ -37,9 +38,7 @@ def looped_linear_backward(
     offsets: Tensor,
     of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows (t i), weights (e o i), biases (e o) and scales (e i); without ``of_parameters``, of rows
-    only.
-    """
+    """Gradients of rows (t i), weights (e o i), biases (e o), scales (e i); without ``of_parameters``, of rows only."""
     drows, dweights, dbiases, dscales = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters)
     for j, block in _blocks(offsets):
         torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
@@ -103,9 +102,7 @@ def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> tuple[Any, ...]:
-    """Gradients of ``<drows, u> + <dweights, v> + <dbiases, c> + <dscales, q>``: sums of products of the same two
-    kinds.
-    """
+    """Gradients of ``<drows, u> + <dweights, v> + <dbiases, c> + <dscales, q>``, as sums of the same two operators."""
     grad, rows, offsets, *parameters = ctx.saved_tensors
     weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
     nothing = [weights[0].new_zeros(weights[0].shape[0])] * len(weights)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 def balance_loss(probs: Tensor, choice: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Load-balancing loss: mean over groups of ``e * sum_i f_i P_i`` (Switch Transformers, Fedus et al. 2021, equations
-    4-6).
+    """Load-balancing loss: mean over groups of ``e * sum_i f_i P_i`` (Switch Transformers, Fedus et al. 2021, eqs 4-6).
 
     ``f_i`` is the share of the group's real tokens that choose expert i, ``P_i`` the mean probability they give it: 1
     at uniform routing, e when every token insists on one expert. The gradient flows through P.
@@ -37,8 +36,9 @@ def token_balance_loss(probs: Tensor, mask: Tensor) -> Tensor:
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Router z-loss: mean over real tokens of ``logsumexp(logits)^2`` (ST-MoE, Zoph et al. 2022, equation 5). logits (b
-    n e) -> 0-d.
+    """Router z-loss: mean over real tokens of ``logsumexp(logits)^2`` (ST-MoE, Zoph et al. 2022, equation 5).
+
+    logits (b n e) -> 0-d.
     """
     z = logits.logsumexp(dim=-1).square()
     real = torch.ones_like(z) if mask is None else mask.to(z.dtype)

@@ -1,5 +1,6 @@
-"""The sparse layer and the block that puts dense feed-forwards around it. Axes: b batch, n tokens, d width, e experts,
-c slots, t rows.
+"""The sparse layer and the block that puts dense feed-forwards around it.
+
+Axes: b batch, n tokens, d width, e experts, c slots, t rows.
 """
 
 import warnings
@@ -21,8 +22,9 @@ from st_moe_pytorch.routing import Choices, DenseRouting, Routing, without_autoc
 
 
 class MixtureOfExpertsReturn(NamedTuple):
-    """Outputs of x's shape and dtype, and three 0-d losses: total is the weighted sum of the other two. All are 0 in
-    evaluation.
+    """Outputs of x's shape and dtype, and three 0-d losses, all 0 in evaluation.
+
+    total_aux_loss is the weighted sum of the other two.
     """
 
     outputs: Tensor
@@ -126,8 +128,7 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         gate: nn.Module | None = None,
         **arguments: Any,
     ) -> "MoE":
-        """Sparse upcycling (Komatsuzaki et al. 2022): a layer whose experts start as copies of a trained feed-forward
-        (..., dim).
+        """Sparse upcycling (Komatsuzaki et al. 2022): layer whose experts start as copies of a trained ffn (..., dim).
 
         By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by
         computing what ffn does. Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change
@@ -217,9 +218,7 @@ class MoE(Routed[MixtureOfExpertsReturn]):
     def _by_dense_tensors(
         self, x: Tensor, mask: Tensor | None, decision: DenseRouting
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(b n d) -> (b n d') by the tensors of a gate that was overridden: the definition of the layer, and quadratic
-        in n.
-        """
+        """(b n d) -> (b n d') by the tensors of an overridden gate: the definition of the layer, quadratic in n."""
         if not torch.compiler.is_compiling():
             warnings.warn(
                 "the gate's forward is overridden or hooked, so routing goes through its dense tensors, at a "
@@ -240,8 +239,9 @@ class MoE(Routed[MixtureOfExpertsReturn]):
 
 
 class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
-    """A sparse layer with residual, normalised input and dense feed-forwards around it, which ST-MoE found to help
-    (appendix C).
+    """A sparse layer with residual, normalised input and dense feed-forwards around it.
+
+    ST-MoE found this to help (appendix C).
 
     ``x = ff_before(x) + x;  x = moe(norm(x)) + x;  x = ff_after(x) + x``, where the feed-forwards normalise their own
     input.
@@ -284,9 +284,7 @@ class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
 
 
 def _grouped(t: Tensor, ndim: int) -> Tensor:
-    """Bring (n ...) to (1 n ...) and (b ... ...) to (b n ...), where the tokens have ``ndim`` axes, the last of them
-    features.
-    """
+    """Bring (n ...) to (1 n ...) and (b ... ...) to (b n ...); tokens have ``ndim`` axes, the last for features."""
     return t.unsqueeze(0) if ndim == 2 else t.flatten(1, ndim - 2)
 
 

@@ -28,8 +28,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int = 4) -> int:
-    """Slots of an expert for a group of that many tokens: ``max(min(tokens, int(tokens * factor / num_experts)),
-    min_capacity)``.
+    """Slots of an expert in a group: ``max(min(tokens, int(tokens * factor / num_experts)), min_capacity)``.
 
     Without a factor nothing is dropped: every token of the group would fit. ``tokens`` counts padding, so that shapes
     stay static.
@@ -45,8 +44,7 @@ def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_cap
 def assign_slots(
     indices: Tensor, asked: Tensor, num_experts: int, order: Tensor | None = None, by_token: bool = False
 ) -> Tensor:
-    """Place of every choice (b n k) in its expert's queue: all first choices in token order, then all second ones, and
-    so on.
+    """Place of each choice (b n k) in its expert's queue: all first choices in token order, then all second, and so on.
 
     Only choices that are asked for queue up; the others get a meaningless number. ``order`` (b n) lists the tokens of a
     group in another order of service. With ``by_token``, all choices of a token come before those of the next one.
@@ -65,9 +63,7 @@ def assign_slots(
 
 
 class DenseRouting(NamedTuple):
-    """Routing as two dense tensors (b n e c), whose size is quadratic in n, and the losses: what a gate's ``forward``
-    returns.
-    """
+    """Routing as two dense tensors (b n e c), of size quadratic in n, and losses: what a gate's ``forward`` returns."""
 
     dispatch_tensor: Tensor
     combine_tensor: Tensor
@@ -93,9 +89,7 @@ class Choices(NamedTuple):
     def check_fit(
         self, shape: tuple[int, int, int], num_experts: int, groups: tuple[int, int], name: str = "choices"
     ) -> None:
-        """Raise ValueError unless these are choices of that shape (b n k), among so many experts, by tokens in such
-        groups.
-        """
+        """Raise ValueError unless these are choices of that shape (b n k), number of experts and groups of tokens."""
         if (shape, num_experts, groups) != (tuple(self.indices.shape), self.num_experts, tuple(self.groups)):
             wanted = f"shape (b n k) = {shape} among {num_experts} experts in groups {groups}"
             got = f"{tuple(self.indices.shape)} among {self.num_experts} in {tuple(self.groups)}"
@@ -165,9 +159,7 @@ class Routing(NamedTuple):
         return rows_layout(experts.flatten(0, 1), self.num_experts, self._num_slots())
 
     def buffers(self, filled: bool = False) -> Layout:
-        """The kept choices in slots (b e c). Empty ones are zero or, if filled, hold copies of some token that is
-        kept.
-        """
+        """The kept choices in slots (b e c); empty ones are zero or, if filled, hold copies of some kept token."""
         b, n, _ = self.indices.shape
         group = torch.arange(b * n, device=self.indices.device).view(b, n, 1) // max(self.groups[1], 1)
         positions = (group * self.num_experts + self.indices) * self.capacity + self.slots
@@ -175,8 +167,7 @@ class Routing(NamedTuple):
         return slots_layout(positions.flatten(0, 1), (self.groups[0], self.num_experts, self.capacity), filled)
 
     def dispatch(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        """Copy tokens x (b n d) to where their choices stand: into rows (t d) of a layout or, without one, into slots
-        (b e c d).
+        """Copy tokens x (b n d) to where their choices stand: rows (t d) of a layout or, without one, slots (b e c d).
 
         Slots without a choice are zero, and so is the last row; other rows without one hold anything. With
         ``straight_through``, gates get the gradient that they would if they scaled the copies.
@@ -188,8 +179,7 @@ class Routing(NamedTuple):
         return straight_through(rows, self.gates.flatten(0, 1), layout) if self.straight_through else rows
 
     def combine(self, y: Tensor, layout: Layout | None = None) -> Tensor:
-        """Sum experts' results y, weighted by the gates, back into tokens (b n d'), in the wider dtype of y and the
-        gates.
+        """Sum experts' results y, weighted by the gates, into tokens (b n d'), in the wider dtype of y and the gates.
 
         y: rows (t d') of a layout, the last of them zero, or, without one, slots (b e c d').
         """
@@ -200,8 +190,9 @@ class Routing(NamedTuple):
         return weighted_sum(y, gates, layout).view(*self.indices.shape[:2], y.shape[-1])
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups. They define the layer and
-        cost n^2:
+        """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups.
+
+        They define the layer and cost n^2:
 
         ``einsum(x, dispatch, "b n d, b n e c -> b e c d")``, then ``einsum(y, combine, "b e c d, b n e c -> b n d")``.
         """

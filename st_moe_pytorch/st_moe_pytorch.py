@@ -1,6 +1,4 @@
-"""The names that code written against st-moe-pytorch 0.1.8 imports from here. New code imports from
-``st_moe_pytorch``.
-"""
+"""Names that code written against st-moe-pytorch 0.1.8 imports from here. New code imports ``st_moe_pytorch``."""
 
 from typing import Any
 

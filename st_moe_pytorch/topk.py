@@ -13,9 +13,7 @@ from st_moe_pytorch.compat import is_transformed
 
 
 class TopK(NamedTuple):
-    """Best entries along the last axis: values and their indices (..., k), and the soft selection of each (None unless
-    differentiable).
-    """
+    """Best entries along the last axis: values, indices (..., k) and soft selections (None unless differentiable)."""
 
     values: Tensor
     indices: Tensor
@@ -23,8 +21,9 @@ class TopK(NamedTuple):
 
 
 def top_indices(values: Tensor, k: int) -> Tensor:
-    """Indices (..., k), int64, of the k largest of values (..., e), best first. Ties go to the lowest index, unlike in
-    torch.topk.
+    """Indices (..., k), int64, of the k largest of values (..., e), best first.
+
+    Ties go to the lowest index, unlike in torch.topk.
     """
     left, indices = values.detach(), []
     for _ in range(k):
@@ -59,8 +58,9 @@ def topk(
     fused: bool = True,
     ratio: float = 9 / 8,
 ) -> TopK:
-    """The k largest of values (..., e) along the last axis, ties to the lowest index; with a bias (e), those of which
-    the sum is largest; with indices (... k), the values of these instead.
+    """The k largest of values (..., e) along the last axis, ties to the lowest index.
+
+    With a bias (e), those of which the sum is largest; with indices (... k), the values of these instead.
 
     With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * ratio, e)`` winners,
     and the values carry its gradient straight through. ``fused`` recomputes its iterates in the backward pass instead

@@ -1,6 +1,4 @@
-"""References that share no code with the package: golden numbers, the loop specification and a layer computed token by
-token.
-"""
+"""References that share no code with the package: golden numbers, the loop specification, a layer token by token."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -75,8 +73,9 @@ def gradients(output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor]) -> li
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-12, *, may_vanish: bool = False) -> None:
-    """Largest difference relative to the largest expected entry; the expected values must not be all tiny, or the test
-    would be empty.
+    """Assert that the largest difference is at most ``rtol`` times the largest expected entry.
+
+    The expected values must not be all tiny, or the test would be empty.
     """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.isfinite().all()

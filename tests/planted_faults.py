@@ -1,5 +1,6 @@
-"""Plant one fault at a time in a copy of the package and see a test turn red: ``python tests/planted_faults.py [name
-...]``.
+"""Plant one fault at a time in a copy of the package and see a test turn red.
+
+    python tests/planted_faults.py [name ...]
 
 A fault that no test notices ends the script with exit code 1.
 """

@@ -58,7 +58,9 @@ def route(
     second_place_loss=False,
     balance_denominator="group",
 ):
-    """logits [b,n,e]; draws [top_n,b,n] uniform in [0,1), row 0 is never read;
+    """Route by loops: experts, slots and gates of every token, and the losses.
+
+    logits [b,n,e]; draws [top_n,b,n] uniform in [0,1), row 0 is never read;
     thresholds: a number, or one per rank (entry 0 unused); mask [b,n]: 1 real, 0 padding, or None.
 
     flavour 'top_2' and 'top_n' agree unless the mask holds values strictly between 0 and 1

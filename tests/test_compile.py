@@ -75,8 +75,9 @@ def test_rows_by_inductor():
 
 
 def test_empty_slots_of_compiled_experts_hold_tokens():
-    """Experts that differ run on slots: a logarithm has no value at the zeros of an empty one, and padding is no token
-    to fill it with.
+    """Experts that differ run on slots, of which empty ones hold neither zeros nor padding.
+
+    A logarithm has no value at the zeros of an empty slot, and padding is no token to fill it with.
     """
 
     class Logarithm(nn.Module):

@@ -1,6 +1,4 @@
-"""What only a GPU can show: the numbers of the CPU, no waiting, the same bits in every run, graphs of CUDA. Skipped
-without one.
-"""
+"""What only a GPU can show: the CPU's numbers, no waiting, bit-identical runs, CUDA graphs. Skipped without one."""
 
 import warnings
 from collections.abc import Callable

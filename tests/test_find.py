@@ -1,6 +1,4 @@
-"""Which feed-forwards a pattern or a type means, and what is refused because a sparse layer could not stand in its
-place.
-"""
+"""Which feed-forwards a pattern or a type means, and what is refused since a sparse layer could not take its place."""
 
 import pytest
 import torch
@@ -22,9 +20,7 @@ def from_dense(ffn):
 
 
 class Split(nn.Module):
-    """A layer that runs the parts of its feed-forward itself, as BERT's do, beside another module of the last one's
-    name.
-    """
+    """A layer that runs its feed-forward's parts itself, as BERT's do, beside another module of the last one's name."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,4 @@
-"""The one product for all experts: its definition, its kernel for accelerators run on CPU with poisoned memory, and
-what may not grow.
-"""
+"""The one product for all experts: definition, accelerators' kernel on CPU with poisoned memory, what may not grow."""
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -48,9 +46,7 @@ def by_definition(rows, weights, biases, scales, offsets):
 
 @contextmanager
 def kernel_on_cpu():
-    """The branch for CUDA, by torch's own product for CPU with the strides that CUDA asks for and NaN wherever CUDA
-    writes nothing.
-    """
+    """The branch for CUDA, by torch's product for CPU with CUDA's strides and NaN wherever CUDA writes nothing."""
     real = F.grouped_mm
 
     def grouped_mm(a, b, *, offs):

@@ -1,6 +1,4 @@
-"""The two maps between tokens and rows: derivatives of every kind, the same bits in every run, and nothing that reaches
-dead rows.
-"""
+"""The two maps between tokens and rows: all kinds of derivatives, the same bits in every run, no use of dead rows."""
 
 import pytest
 import torch

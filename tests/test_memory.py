@@ -51,9 +51,7 @@ def test_memory_is_linear_in_the_length_and_dropless_costs_no_slots():
 
 
 def test_a_row_keeps_at_most_three_fifths_of_what_plain_operations_would():
-    """At the README's size: 4 d + 5 h numbers a row with plain operations, which is 34.8 KiB, and the tokens
-    themselves.
-    """
+    """At the README's size, plain operations keep 4 d + 5 h numbers a row, or 34.8 KiB, and the tokens themselves."""
     torch.manual_seed(0)
     moe = MoE(512, 16)
     x = torch.randn(4, 1024, 512, requires_grad=True)

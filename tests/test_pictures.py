@@ -1,6 +1,4 @@
-"""Pictures are drawn from real records, and the page says of every token where it went, in a real browser if there is
-one.
-"""
+"""Pictures are drawn from real records, and the page tells where each token went, in a real browser if there is one."""
 
 import re
 import shutil

@@ -1,6 +1,4 @@
-"""Plans from recorded logits against layers really built with those settings, and audits against layers known to be
-causal or not.
-"""
+"""Plans from recorded logits against layers with those settings, and audits of layers known to be causal or not."""
 
 import pytest
 import torch

@@ -230,9 +230,7 @@ def test_choices_are_saved_and_loaded_in_few_bytes(experts, indices, slots):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]], ids=str)
 def test_layers_that_run_again_in_the_backward_take_the_same_record_again(use_reentrant, order, in_another_thread):
-    """Three micro-batches whose backward passes come after all forwards, in any order, as in pipelines, or on threads
-    as on GPUs.
-    """
+    """Three micro-batches, backwards after all forwards, in any order, as in pipelines, or on threads as on GPUs."""
     torch.manual_seed(0)
     plain = Model()
     again = Model(use_reentrant)

@@ -1,6 +1,4 @@
-"""The rules of the house: what imports what, how large things may be, where torch's private names are, what tests have
-to vary.
-"""
+"""House rules: what imports what, how large things may be, where torch's private names are, what tests have to vary."""
 
 import ast
 import inspect

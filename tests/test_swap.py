@@ -335,8 +335,9 @@ def test_compiled_models_give_the_same_losses_without_recompiling():
 
 
 class Trainer:
-    """What `AuxLossTrainer` asks of transformers' Trainer, which divides a loss by the accumulated batches unless the
-    model did.
+    """What `AuxLossTrainer` asks of transformers' Trainer.
+
+    The Trainer divides a loss by the accumulated batches unless the model did.
     """
 
     current_gradient_accumulation_steps = 4

@@ -50,9 +50,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run():
-    """Run the script in this process, which saves importing torch, on as many threads as the processes that the
-    tests start.
-    """
+    """Run the script in this process, which saves importing torch, on as many threads as a process that tests start."""
     with pytest.MonkeyPatch.context() as for_all:
         for_all.syspath_prepend(SCRIPT.parent)
         main = importlib.import_module("train_lm").main

@@ -1,6 +1,4 @@
-"""What `TopNGating` can do beyond the paper, against loops: serving by token, sigmoid scores, gates as they are, a
-bias, jitter.
-"""
+"""What `TopNGating` does beyond the paper, against loops: service by token, sigmoid scores, raw gates, bias, jitter."""
 
 import math
 from contextlib import nullcontext
@@ -18,9 +16,7 @@ from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify, swapped
 
 
 def route_by_loops(logits, draws, mask, *, top_n, policy, threshold, capacity, priority, score, normalize, bias):
-    """One group at a time: experts, gates and slots (-1 for none) of every choice, and the balance loss; tensors of
-    logits (b n e).
-    """
+    """Experts, gates and slots (-1 for none) of every choice by logits (b n e), and the balance loss, by group."""
     b, n, e = logits.shape
     experts, gates, slots = [], [], [[[-1] * top_n for _ in range(n)] for _ in range(b)]
     losses = []
@@ -177,9 +173,7 @@ def test_a_bias_is_a_buffer_of_its_own_that_nothing_in_a_forward_changes():
 
 
 def variant(shared=True, bias=False, **experts):
-    """A layer of all that is new: three choices with sigmoid scores as gates, experts without bias, and a shared
-    one.
-    """
+    """A layer of all that is new: three choices with sigmoid scores as gates, experts without bias, a shared one."""
     torch.manual_seed(0)
     gate = TopNGating(
         6,

@@ -236,9 +236,7 @@ def test_compiled_layers_are_recorded_too():
 
 
 def counted_by_hand(routings):
-    """Tokens, choices asked for and kept by expert, dropped and not asked for by position, tokens without expert, sum
-    of z^2.
-    """
+    """Tokens, choices asked for and kept by expert, dropped and unasked by position, unrouted tokens, sum of z^2."""
     experts = routings[0].num_experts
     count = {"tokens": 0, "asked": [0] * experts, "kept": [0] * experts, "alone": 0, "z": 0.0}
     count |= {name: [0] * 12 for name in ("choices", "dropped", "not_asked")}

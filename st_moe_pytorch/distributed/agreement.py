@@ -23,8 +23,7 @@ def gather_counts(
     channel: Channel,
     device: torch.device | None,
 ) -> tuple[list[list[int]], bool]:
-    """Every rank's counts (r e), and whether any rank needs gradients, in one small collective, two for very many
-    experts.
+    """Every rank's counts (r e), and whether any needs gradients, in one small collective, two for very many experts.
 
     It carries a checksum of the agreement, what has to be equal on all ranks, and one of copies, the trainable
     parameters that other ranks hold too, with those ranks. Where ranks differ in either, the same RuntimeError is
@@ -51,9 +50,7 @@ def gather_counts(
 def agree_with_replicas(
     copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device | None
 ) -> tuple[bool, str | None]:
-    """Whether any of the replicas needs gradients, and what is wrong if they differ in what is trainable, in one
-    collective.
-    """
+    """Whether any replica needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
     holders = dict.fromkeys(copies, range(replicas.size))
     claims, needed = zip(
         *_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True
@@ -62,9 +59,7 @@ def agree_with_replicas(
 
 
 def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
-    """A number whose sum over ranks is zero where all holders of every copy have it: one of them weighs as much as all
-    others together.
-    """
+    """A number that sums to zero over ranks if all holders of every copy have it: one weighs as much as all others."""
     return sum(crc32(name.encode()) * (len(ranks) - 1 if rank == ranks[0] else -1) for name, ranks in copies.items())
 
 
@@ -99,9 +94,7 @@ def require_agreement(agreement: Mapping[str, str], channel: Channel) -> None:
 
 
 def unequal_copies(copies: Mapping[str, Sequence[int]], channel: Channel) -> str | None:
-    """Which parameter is trainable on some of the ranks that hold it, and not on others: the same words on all
-    ranks.
-    """
+    """Which parameter is trainable on only some of the ranks that hold it, in the same words on all ranks."""
     everyone = gather_objects(dict(copies), channel)
     for name, ranks in {name: ranks for theirs in everyone for name, ranks in theirs.items()}.items():
         if frozen := [rank for rank in ranks if name not in everyone[rank]]:

@@ -18,8 +18,9 @@ from st_moe_pytorch.distributed.compat import group_named
 
 
 class Channel(NamedTuple):
-    """A process group and the layer that talks in it. The group goes by its name, since a module with a group cannot be
-    copied or saved.
+    """A process group and the layer that talks in it.
+
+    The group goes by its name, since a module with a group cannot be copied or saved.
     """
 
     layer: str
@@ -52,9 +53,7 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Run a collective of torch.distributed in the group; an error of it, such as a timeout, gets the names of
-        layer and rank.
-        """
+        """Run a collective of torch.distributed in the group; its errors, such as a timeout, name layer and rank."""
         try:
             collective(*args, group=self.group, **kwargs)
         except RuntimeError as error:
@@ -125,8 +124,9 @@ class _UsedForNothing(Function):
 
 
 def scale_gradient(x: Tensor, factor: float, layer: str) -> Tensor:
-    """x itself. Its adjoint multiplies the gradient by factor; a second derivative raises RuntimeError with the layer's
-    name.
+    """x itself; its adjoint multiplies the gradient by factor.
+
+    A second derivative raises RuntimeError with the layer's name.
     """
     return _ScaleGradient.apply(x, factor, layer)
 
@@ -143,8 +143,9 @@ class _ScaleGradient(Function):
 
 
 class _FirstDerivative(Function):
-    """A gradient that may not be differentiated again: parameters' gradients are sums over ranks, which no rank's own
-    loss is made of.
+    """A gradient that may not be differentiated again.
+
+    Parameters' gradients are sums over ranks, which no rank's own loss is made of.
     """
 
     @staticmethod
@@ -199,8 +200,9 @@ class _JoinReplicas(Function):
 def _sum_over_holders(
     grads: list[Tensor], holders: list[Sequence[int]], channel: Channel, device: torch.device
 ) -> list[Tensor]:
-    """Each gradient summed over its holders in rank order. Every rank of the channel has to call, with gradients or
-    without.
+    """Each gradient summed over its holders in rank order.
+
+    Every rank of the channel has to call, with gradients or without.
     """
     shared = [
         [i for i, ranks in enumerate(holders) if rank in ranks and len(ranks) > 1] for rank in range(channel.size)

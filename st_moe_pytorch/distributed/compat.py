@@ -1,5 +1,6 @@
-"""Names of torch that are not public and concern several ranks, each in one function. A test of each fails when it
-changes.
+"""Names of torch that are not public and concern several ranks, each in one function.
+
+A test of each fails when it changes.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,7 @@ from st_moe_pytorch.compat import ProcessGroup
 
 
 def is_reentrant_checkpoint(node: Any) -> bool:
-    """Whether a node of a graph of gradients is a forward that reentrant activation checkpointing runs again, in a
-    graph of its own.
-    """
+    """Whether an autograd node is a forward that reentrant activation checkpointing runs again, in its own graph."""
     return node.name() == "CheckpointFunctionBackward"
 
 
@@ -25,9 +24,7 @@ def group_named(name: str) -> ProcessGroup:
 
 
 def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
-    """Have DistributedDataParallel pass over these parameters and buffers of a model, and over those that it was told
-    of before.
-    """
+    """Have DistributedDataParallel ignore these parameters and buffers of a model, and those it was told of before."""
     names = sorted({*names, *getattr(model, "_ddp_params_and_buffers_to_ignore", ())})
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 

@@ -1,6 +1,4 @@
-"""The helpers of st-moe-pytorch 0.1.8 under their names, with adjoints that are correct. Nothing in the package needs
-them.
-"""
+"""The helpers of st-moe-pytorch 0.1.8 under their names, with correct adjoints. Nothing in the package needs them."""
 
 from collections.abc import Sequence
 
@@ -54,7 +52,5 @@ def has_only_one_value(t: Tensor) -> Tensor:
 
 
 def split_by_rank(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """This rank's part of x, one tensor for each rank or a tensor (r ...), and the sizes (r) of all parts along their
-    first axis.
-    """
+    """This rank's part of x, one tensor per rank or a tensor (r ...), and all parts' sizes (r) along the first axis."""
     return x[CHANNEL.rank], torch.tensor([part.shape[0] for part in x], device=x[0].device)

@@ -59,9 +59,7 @@ class ExpertParallel(NamedTuple):
         return self.placement.num_ranks * (1 if self.data_parallel is None else self.data_parallel.size)
 
     def holding(self, number: int, name: str) -> tuple[str, Sequence[int]]:
-        """The name of a parameter of an expert that is the same on all ranks that hold it, and those ranks of the
-        channel.
-        """
+        """The name that an expert's parameter has on all ranks that hold it, and those ranks of the channel."""
         own = f"{number}.{name}"
         return self.ties.get(own, (own, self.placement.holders_of(number)))
 
@@ -72,9 +70,7 @@ class ExpertParallel(NamedTuple):
         return self.sharded and (is_cut or bool(self.ties) or self.data_parallel is not None)
 
     def copies(self, experts: nn.ModuleList) -> list[Copy]:
-        """The trainable parameters of this rank's experts that other ranks hold too, in an order that is the same on
-        all ranks.
-        """
+        """Trainable parameters of this rank's experts that other ranks hold too, in the same order on all ranks."""
         found: dict[nn.Parameter, Copy] = {}
         for number in self.experts if self.has_copies else ():
             for name, parameter in experts[number].named_parameters():
@@ -113,9 +109,7 @@ class ExpertParallel(NamedTuple):
         )
 
     def join_replicas(self, block: Tensor, copies: Sequence[Copy]) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        """A block of rows, and tensors to put in place of the copies, by expert and name, to sum the gradients of all
-        copies.
-        """
+        """A block of rows, and tensors in place of the copies, by expert and name, that sum all copies' gradients."""
         if not self.has_copies:
             return block, {}
         holders = [copy.holders for copy in copies]
@@ -155,9 +149,7 @@ class Exchange(NamedTuple):
     needs_grad: bool
 
     def to_experts(self, rows: Tensor) -> list[Tensor]:
-        """This rank's rows (t d), sorted by expert -> a block of rows of all ranks for each expert that is placed
-        here.
-        """
+        """This rank's rows (t d), sorted by expert -> a block of all ranks' rows for each expert placed here."""
         if self.needs_grad and not rows.requires_grad:
             rows = rows.detach().requires_grad_()
         arrived = self._scaled(self._send(rows, self.there), self._scale)
@@ -165,8 +157,9 @@ class Exchange(NamedTuple):
         return [torch.cat(parts[i :: len(self.sizes)]) for i in range(len(self.sizes))]
 
     def to_tokens(self, results: Sequence[Tensor]) -> Tensor:
-        """The results of the experts here, in such blocks -> those of this rank's rows (t d'), in the widest dtype of
-        any rank's.
+        """The results of the experts here, in such blocks -> those of this rank's rows (t d').
+
+        They are in the widest dtype of any rank's.
         """
         dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
@@ -179,8 +172,9 @@ class Exchange(NamedTuple):
 
     @property
     def _scale(self) -> int:
-        """Nobody averages the gradients of sharded experts over ranks, so the mean is taken here; those of rows get
-        their size back.
+        """The number of ranks that the gradients of sharded experts are averaged over; 1 if not sharded.
+
+        Nobody else averages them over ranks, so the mean is taken here; the gradients of rows get their size back.
         """
         return self.parallel.num_ranks if self.parallel.sharded else 1
 
@@ -194,9 +188,7 @@ class Exchange(NamedTuple):
 
 
 def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
-    """Raise ValueError if an expert that several ranks hold, inputs -> y, is checkpointed by the kind that loses their
-    gradients.
-    """
+    """Raise ValueError if an expert of several ranks, inputs -> y, is checkpointed by the kind that loses gradients."""
     nodes: list[Any] = [y.grad_fn]
     seen = {None, *(t.grad_fn for t in inputs)}
     while nodes:
@@ -214,9 +206,7 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
 def run_over_ranks(
     experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], parallel: ExpertParallel, run: Run
 ) -> Tensor:
-    """Rows (t d) sorted by expert, sizes[i] of them for expert i -> (t d'), each computed by the rank that it is placed
-    on.
-    """
+    """Rows (t d) sorted by expert, sizes[i] for expert i -> (t d'), each computed by the rank that it is placed on."""
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
     exchange = parallel.exchange(rows, sizes, needs_grad, copies)

@@ -25,8 +25,9 @@ class Placement(NamedTuple):
         return range(expert * self.num_ranks // self.num_experts, -(-(expert + 1) * self.num_ranks // self.num_experts))
 
     def share(self, expert: int, rank: int, rows: int) -> range:
-        """Which of an expert's rows a rank computes. The rows of an expert are those of rank 0, then those of rank 1,
-        and so on.
+        """Which of an expert's rows a rank computes.
+
+        The rows of an expert are those of rank 0, then those of rank 1, and so on.
         """
         edges = (
             min(max(edge * self.num_experts - expert * self.num_ranks, 0), self.num_ranks) for edge in (rank, rank + 1)

@@ -1,5 +1,4 @@
-"""Expert parallelism for whole models: which parameters live where, and what has to know about it. Axes: e experts, r
-ranks.
+"""Expert parallelism for whole models: which parameters live where, and what has to know it. Axes: e experts, r ranks.
 
 Let R ranks run the same model, each on tokens of its own with a loss L_r. Then all gradients are those of the mean of
 L_r over ranks, as if one process had run each rank's tokens through the whole model: under `data_parallel`, and with
@@ -39,8 +38,9 @@ class Shardable(Protocol):
 def shard_experts(
     model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | None = None, strategy: str | Strategy = "all_to_all"
 ) -> M:
-    """Keep on each rank, in place, only the experts that it owns, under their global names; all of them start as they
-    are on rank 0.
+    """Keep on each rank, in place, only the experts that it owns, under their global names.
+
+    All of them start as they are on rank 0.
 
     process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
         experts are spread over the second one and replicated over the first, and gradients are averaged over both.
@@ -128,9 +128,7 @@ def _names_by_parameter(module: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def ties_of(experts: nn.ModuleList, placement: Placement) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """For every name of a parameter that experts of several ranks have in common: the first of these names, and the
-    ranks.
-    """
+    """For every name of a parameter that experts of several ranks share: the first of these names, and the ranks."""
     found = {}
     for same in _names_by_parameter(experts).values():
         numbers = {int(name.split(".")[0]) for name in same}
@@ -147,8 +145,9 @@ def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.ModuleList, ExpertPar
 
 
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of sharded experts, which nothing else may shard or average: ``fully_shard(model,
-    ignored_params=...)``.
+    """The parameters of sharded experts, which nothing else may shard or average.
+
+    With FSDP: ``fully_shard(model, ignored_params=...)``.
     """
     return {parameter for experts, _ in sharded_layers(model).values() for parameter in experts.parameters()}
 
@@ -156,8 +155,7 @@ def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
 def data_parallel(
     model: nn.Module, process_group: ProcessGroup | None = None, **options: Any
 ) -> DistributedDataParallel:
-    """The model in torch's DistributedDataParallel, which averages the gradients of all but sharded experts over the
-    ranks.
+    """The model in DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
 
     process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of
         DistributedDataParallel.
@@ -178,9 +176,7 @@ def data_parallel(
 
 
 def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
-    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with those of rank
-    0.
-    """
+    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with rank 0's."""
     if is_managed_by_ddp(next(experts.parameters(), None)):
         raise RuntimeError(
             f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten "
@@ -231,8 +227,9 @@ def _square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state_dict of the unsharded model, on every rank, which needs the memory for it. A sharded model loads it
-    too, strictly.
+    """The state_dict of the unsharded model, on every rank, which needs the memory for it.
+
+    A sharded model loads it too, strictly.
 
     Every rank has to call it. For models that fit no rank, ``torch.distributed.checkpoint`` saves each rank's part.
     """
@@ -246,9 +243,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def group_names(where: ProcessGroup | DeviceMesh | None) -> list[str | None]:
-    """Names of the group that experts are spread over and, for a mesh of two dimensions, of the one that they are
-    replicated over.
-    """
+    """Names of the group that experts are spread over and, for a 2-D mesh, of the one they are replicated over."""
     ranks: Any = where
     if not hasattr(ranks, "mesh_dim_names"):
         return [None if ranks is None else ranks.group_name]

@@ -38,8 +38,9 @@ def all_to_all(rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tens
 
 
 def all_gather(rows: Tensor, traffic: list[list[int]], channel: Channel) -> Tensor:
-    """Send every row to every rank, which picks its own: as many bytes as ranks, for networks that are best at
-    gathering.
+    """Send every row to every rank, which picks its own.
+
+    This sends each row as often as there are ranks: for networks that are best at gathering.
     """
     everything = collectives.all_gather(rows, [sum(sent) for sent in traffic], channel)
     blocks = everything.split(list(chain(*traffic)))

@@ -33,8 +33,7 @@ class Dependence(NamedTuple):
 def audit_dependence(
     layer: nn.Module, x: Tensor, mask: Tensor | None = None, seed: int = 0, tolerance: float = 1e-9
 ) -> Dependence:
-    """Find the outputs of a layer that depend on later tokens, on other rows of the batch or on padding, by changing
-    those.
+    """Find a layer's outputs that depend on later tokens, on other rows of the batch or on padding, by changing those.
 
     layer: a module (b n d) -> outputs (b n d'), alone or first of a tuple, such as `MoE` or a `SparseMoEBlock`, as its
         mode is. A copy of it runs in float64, with the same random numbers each time, about 2 (n + b) times.

@@ -8,8 +8,9 @@ from torch.utils import _pytree
 
 
 def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Have a model of transformers, which initialises what a checkpoint lacks module by module, call reset_parameters
-    of these kinds.
+    """Have a model of transformers call reset_parameters of these kinds of modules.
+
+    It initialises what a checkpoint lacks module by module.
     """
     if hasattr(type(model), "_init_weights"):
         vars(model)["_init_weights"] = partial(_init_weights, model, kinds)  # a copy of the model gets one of its own
@@ -24,7 +25,5 @@ def _init_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], module: 
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in lists, tuples, dictionaries and what libraries have told torch of, as transformers of its
-    outputs.
-    """
+    """Tensors in lists, tuples, dictionaries and what libraries register with torch, as transformers its outputs."""
     return [value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor)]

@@ -1,6 +1,4 @@
-"""Random numbers that belong to tokens: the same whatever processes, micro-batches or devices the tokens are spread
-over.
-"""
+"""Random numbers that belong to tokens, the same however these are spread over processes, micro-batches or devices."""
 
 import torch
 from torch import Tensor

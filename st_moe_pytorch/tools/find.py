@@ -1,6 +1,4 @@
-"""Which modules of a model are its feed-forwards, by name or type, and whether a sparse layer can stand in their
-place.
-"""
+"""Which modules of a model are its feed-forwards, by name or type, and whether a sparse layer can replace them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -22,9 +20,7 @@ TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
 
 
 class FeedForward(NamedTuple):
-    """A feed-forward of a model: one module or, where the model runs its parts itself, several that follow each
-    other.
-    """
+    """A feed-forward of a model: one module or, where the model runs its parts itself, several in a row."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -35,8 +31,9 @@ class FeedForward(NamedTuple):
 
 
 def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
-    """The feed-forwards that `where` means, as of `sparsify`. Raises ValueError if there is none, or one that is
-    none.
+    """The feed-forwards that `where` means, as of `sparsify`.
+
+    Raises ValueError for a malformed `where`, or one that means something that is no dense feed-forward.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {isinstance(part, type) for part in where} if isinstance(where, tuple) else {isinstance(where, type)}
@@ -63,9 +60,7 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a dotted name follows a pattern: `*` is any one name between dots or part of one, `**` any number of
-    names.
-    """
+    """Whether a dotted name fits a pattern: `*` is one name between dots or part of one, `**` any number of names."""
 
     def follow(names: Sequence[str], parts: Sequence[str]) -> bool:
         if not parts:
@@ -152,9 +147,7 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
 
 
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
-    """Raise ValueError if a feed-forward cannot be one (b n dim) -> (b n dim), as far as that can be told without
-    running it on data.
-    """
+    """Raise ValueError if a feed-forward is seen, without a run on data, not to map (b n dim) -> (b n dim)."""
     module = feed_forward.module
     needed = [
         name

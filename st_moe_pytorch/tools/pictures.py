@@ -1,5 +1,6 @@
-"""Pictures of routing, for people who would rather look than read. They need matplotlib, but for the page, which needs
-nothing.
+"""Pictures of routing, for people who would rather look than read.
+
+They need matplotlib, but for the page, which needs nothing.
 """
 
 from collections.abc import Mapping, Sequence, Sized

@@ -68,8 +68,7 @@ class Plan(NamedTuple):
     padded_flops_per_token: float
     """The same where all slots are computed, empty or not, as by ``experts`` of another make."""
     bytes_per_token: float
-    """Sent to other ranks and back, forward and backward, if experts are spread evenly and independently of the tokens.
-    """
+    """Sent to other ranks and back, forward and backward, if experts are spread evenly and independently of tokens."""
 
 
 @typechecked

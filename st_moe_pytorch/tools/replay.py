@@ -24,8 +24,7 @@ from st_moe_pytorch.tools.watch import gates_of
 
 
 def choices_of(records: Mapping[str, Iterable[Routing]]) -> dict[str, list[dict[str, Any]]]:
-    """The decisions of a record without what they came from: for each layer and call, the fields of `Choices` as a
-    dict.
+    """The decisions of a record, without what they came from: the fields of `Choices` as a dict, by layer and call.
 
     It holds tensors and numbers only: torch.save writes it, and torch.load reads it with weights_only=True. A choice
     takes 4 bytes for up to 256 experts and 32,768 slots, 3 for up to 128 slots.
@@ -109,9 +108,7 @@ class Replay:
                 self.counts[name].append(torch.stack(((chosen & ~now).sum(), chosen.sum())))
 
     def _again(self, name: str, x: Tensor) -> Choices:
-        """Those of the call that runs again in the backward. Only its input says which it is; of equal ones, the
-        last.
-        """
+        """The choices of the call that runs again in the backward, known by its input; of equal ones, the last."""
         calls = [
             (call.distance(x), call.times_again, call) for call in reversed(self.calls[name]) if call.shape == x.shape
         ]
@@ -148,8 +145,7 @@ class _Call:
 
 @contextmanager
 def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Mapping[str, Any]]]) -> Iterator[Replay]:
-    """Have the sparse layers of a model choose what was recorded, call by call, with gates and losses by the logits of
-    now.
+    """Have a model's sparse layers choose what was recorded, call by call, with gates and losses by the present logits.
 
         with record_routing(model) as records:
             model(x)

@@ -1,5 +1,4 @@
-"""Sparse layers in models that someone else wrote: swap feed-forwards, and collect the auxiliary losses without editing
-the model.
+"""Sparse layers in models that others wrote: swap feed-forwards, and collect auxiliary losses with the model unedited.
 
 sparsify(model, "transformer.h.*.mlp", lambda ffn: MoE.from_dense(ffn, dim=768, num_experts=8))
 
@@ -29,9 +28,7 @@ from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest
 
 
 class AuxLosses:
-    """What `collect_aux_losses` collects: ``total``, the 0-d sum of the layers' total_aux_loss, each layer once for
-    every call of it.
-    """
+    """What `collect_aux_losses` collects: ``total``, the 0-d sum of total_aux_loss over every call of every layer."""
 
     def __init__(self) -> None:
         # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every
@@ -50,12 +47,11 @@ _COLLECTING = _Collecting()
 
 @contextmanager
 def collect_aux_losses() -> Iterator[AuxLosses]:
-    """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model; add
-    ``total`` to the loss.
+    """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model.
 
-    Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers that run again in the
-    backward, for activation checkpointing, are not counted again. In evaluation the total is 0. Of nested blocks, the
-    innermost collects.
+    Add ``total`` to the loss. Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers
+    that run again in the backward, for activation checkpointing, are not counted again. In evaluation the total is 0.
+    Of nested blocks, the innermost collects.
     """
     before, losses = _COLLECTING.losses, AuxLosses()
     _COLLECTING.losses = losses
@@ -66,8 +62,9 @@ def collect_aux_losses() -> Iterator[AuxLosses]:
 
 
 class AuxLossTrainer:
-    """Adds the auxiliary losses to the loss of transformers' Trainer: ``class SparseTrainer(AuxLossTrainer, Trainer):
-    pass``.
+    """Adds the auxiliary losses to the loss of transformers' Trainer.
+
+    ``class SparseTrainer(AuxLossTrainer, Trainer): pass``
     """
 
     def compute_loss(
@@ -89,9 +86,7 @@ class AuxLossTrainer:
 
 
 class SparseFeedForward(nn.Module):
-    """A sparse layer in place of a feed-forward, from tensor to tensor. Its auxiliary loss goes to
-    `collect_aux_losses`.
-    """
+    """A sparse layer in place of a feed-forward, tensor to tensor. Its auxiliary loss goes to `collect_aux_losses`."""
 
     def __init__(self, moe: MoE | SparseMoEBlock, name: str = "") -> None:
         super().__init__()
@@ -100,8 +95,9 @@ class SparseFeedForward(nn.Module):
         self.dim: int = moe.dim if isinstance(moe, MoE) else moe.moe.dim
 
     def forward(self, x: Tensor, *others: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
-        """Tokens x (... d) -> outputs of the layer. mask (...) is True for real tokens; without one, padding is routed
-        as tokens are.
+        """Tokens x (... d) -> outputs of the layer.
+
+        mask (...) is True for real tokens; without one, padding is routed as tokens are.
 
         What else the model hands to its feed-forwards has to be None.
         """
@@ -149,8 +145,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoEBlock], *, every: int = 1) -> M:
-    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place. `swapped`
-    tells of which.
+    """Put a sparse layer in place of each feed-forward of a model, and return the model, changed in place.
+
+    `swapped` tells which were swapped.
 
     where: which modules are swapped. A pattern of their names, such as "encoder.layers.*.mlp", where * is one name
         between dots or a part of one, and ** any number of names; or their type, or a tuple of types. Of modules inside

@@ -1,6 +1,4 @@
-"""Between dense and sparse: copies of a trained feed-forward as experts (Komatsuzaki et al. 2022), and experts averaged
-into one.
-"""
+"""Between dense and sparse: experts copied from a trained feed-forward (Komatsuzaki et al. 2022) or averaged to one."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,8 +13,9 @@ __all__ = ["average_experts", "dense_copies"]
 
 
 def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> nn.Module:
-    """One dense feed-forward from experts of one shape: a copy of the first, whose parameters and floating-point
-    buffers are the means.
+    """One dense feed-forward from experts of one shape, their mean.
+
+    It is a copy of the first, whose parameters and floating-point buffers are the means.
 
     experts: of a layer, ``moe.experts``, or a list of them. Raises ValueError for sharded ones, of which a rank has
         only some.

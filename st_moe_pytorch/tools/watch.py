@@ -20,8 +20,7 @@ from st_moe_pytorch.routing import Routing
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
-    """Record the routing of every sparse layer of a model: a `Routing`, without gradients, for each call, under the
-    layer's name.
+    """Record the routing of every sparse layer of a model, by name: a `Routing`, without gradients, for each call.
 
         with record_routing(model) as routings:
             model(x)
@@ -61,9 +60,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
 
 
 def gates_of(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
-    """The sparse layers of a model and their gates, and the gates of layers of another make, under the names of their
-    layers.
-    """
+    """A model's sparse layers and their gates, and the gates of layers of another make, by the names of the layers."""
     gates: dict[str, tuple[MoE | None, nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MoE):
@@ -136,8 +133,9 @@ class RoutingStats:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def over_ranks(self, group: ProcessGroup | None = None) -> "RoutingStats":
-        """The sum over all ranks of a process group, on each of them. Every rank has to call it, for the same layers in
-        the same order.
+        """The sum over all ranks of a process group, on each of them.
+
+        Every rank has to call it, for the same layers in the same order.
         """
         length = self.choices_at.new_tensor(self.choices_at.numel())
         dist.all_reduce(length, dist.ReduceOp.MAX, group)
@@ -200,17 +198,14 @@ def routing_stats(records: Mapping[str, Iterable[Routing]]) -> dict[str, Routing
 
 
 def write_scalars(writer: Any, stats: Mapping[str, RoutingStats], step: int, prefix: str = "routing") -> None:
-    """Write every layer's scalars with ``writer.add_scalar(tag, value, step)``, as TensorBoard's SummaryWriter has
-    it.
-    """
+    """Write every layer's scalars with ``writer.add_scalar(tag, value, step)``, as of TensorBoard's SummaryWriter."""
     for layer, counted in stats.items():
         for name, value in counted.scalars().items():
             writer.add_scalar("/".join(filter(None, (prefix, layer, name))), value, step)
 
 
 def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0.5) -> list[str]:
-    """Warn of layers whose load has less entropy than ``least_entropy`` times that of equal load, and return their
-    names.
+    """Warn of layers whose load has less entropy than ``least_entropy`` times that of equal load; return their names.
 
     Layers that got fewer than ten tokens for each expert are passed over: their load says little.
     """

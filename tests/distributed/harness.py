@@ -35,8 +35,9 @@ class Workers:
         self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results of all ranks. Raises AssertionError with the traceback of each rank that failed, or that did not end
-        in time.
+        """Results of all ranks.
+
+        Raises AssertionError with the traceback of each rank that failed, or that did not end in time.
         """
         outcomes = self.outcomes(function, *arguments)
         failures = [f"rank {rank} of {self.size}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]

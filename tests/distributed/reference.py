@@ -1,5 +1,6 @@
-"""Models and tokens for tests over ranks, and what one process makes of them. Shares no code with the package's own
-distribution.
+"""Models and tokens for tests over ranks, and what one process makes of them.
+
+Shares no code with the package's own distribution.
 """
 
 import copy
@@ -62,9 +63,7 @@ def loss_of(model, rank, step=0):
 
 
 def train_one_process(model, ranks, steps=3, micro=1, optimizer=None):
-    """AdamW with clipping on the mean of all ranks' losses, which one process computes one after the other -> norms
-    before clipping.
-    """
+    """AdamW with clipping on the mean of all ranks' losses, taken in turn by one process -> norms before clipping."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = []

@@ -17,8 +17,9 @@ BATCHES = 4  # the batch is that of four ranks, on whatever number of them
 
 
 def step_of(ddp, optimizer, step):
-    """A step on the global batch, whose parts the ranks take in turns: every rank runs as many forwards, some without
-    weight.
+    """A step on the global batch, whose parts the ranks take in turns.
+
+    Every rank runs as many forwards, some without weight.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     optimizer.zero_grad()
@@ -96,9 +97,7 @@ def test_four_ranks_save_and_any_number_loads_and_trains_on(workers, num_experts
 
 
 def load_full(rank):
-    """The state_dict of a whole model, such as one of 0.1.8, loads strict into a shard, before or after it is in
-    data_parallel.
-    """
+    """A whole model's state_dict, such as 0.1.8's, loads strict into a shard before or after it is in data_parallel."""
     single = stack(3)
     state = {name: t + 1 for name, t in single.state_dict().items()}
     ddp = data_parallel(shard_experts(copy.deepcopy(single)))

@@ -1,6 +1,4 @@
-"""Expert parallelism against one process that runs each rank's tokens, one rank after the other, through the unsharded
-model.
-"""
+"""Expert parallelism against one process that runs each rank's tokens in turn through the unsharded model."""
 
 import copy
 from unittest.mock import patch
@@ -43,9 +41,7 @@ def loss_of(model, batch, rank):
 
 
 def batch_of(rank, ranks, case):
-    """Tokens of a rank, other ones and of another number on every rank, and where ranks differ none at all on one of
-    them.
-    """
+    """Tokens of a rank, others and of another number on each, and where ranks differ none at all on one of them."""
     generator = torch.Generator().manual_seed(100 + rank)
     b, n = {"equal": (2, 5), "one expert": (2, 7)}.get(case, (rank % 3 + 1, 3 + 2 * rank))
     if case in ("ragged", "weighted", "experts choose") and rank == ranks // 2 and ranks > 1:

@@ -1,6 +1,4 @@
-"""What goes wrong ends in an error that says what, where and on which ranks: never in a hang, an abort or swapped
-tokens.
-"""
+"""What goes wrong ends in an error that says what, where and on which ranks: no hang, abort or swapped tokens."""
 
 import copy
 import os

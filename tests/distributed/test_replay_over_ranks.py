@@ -1,6 +1,4 @@
-"""Replayed routing over ranks: every rank replays its own tokens, with choices that a file brought from one process or
-many.
-"""
+"""Replayed routing over ranks: each replays its own tokens, with choices from a file of one process or many."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Sharded models in training: with optimizers, clipping, checkpointing, meshes, FSDP2, copies and checks of their
-own.
-"""
+"""Sharded models in training: optimizers, clipping, checkpointing, meshes, FSDP2, copies and checks of their own."""
 
 import copy
 import io

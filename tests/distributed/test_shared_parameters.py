@@ -1,6 +1,4 @@
-"""Parameters that several ranks hold, for whatever reason: their gradients are sums over all holders, or there is one
-error everywhere.
-"""
+"""Parameters that several ranks hold, for any reason: gradients summed over all holders, or one error everywhere."""
 
 import copy
 import re
@@ -43,8 +41,9 @@ class Checkpointed(nn.Module):
 
 
 class Turned(nn.Module):
-    """An expert with a matrix under two names, one whose gradient is transposed and a vector whose gradient is one
-    number, expanded.
+    """An expert with a matrix under two names, and gradients of unusual layout.
+
+    The gradient of another matrix is transposed, and that of a vector is one number, expanded.
     """
 
     def __init__(self):
@@ -153,9 +152,7 @@ def check_what_is_trained_later(rank):
 
 
 def check_reentrant_elsewhere(rank):
-    """What comes before the experts may be checkpointed by the kind that they may not be, and so may experts that one
-    rank holds.
-    """
+    """What comes before the experts, and experts that one rank holds, may be checkpointed by the reentrant kind."""
     torch.manual_seed(0)
     experts = [Checkpointed(use_reentrant=number != 1) for number in range(3)]
     single = nn.ModuleList([Expert(DIM), MoE(DIM, 3, experts=experts)]).double()

@@ -1,6 +1,4 @@
-"""What travels between ranks: only rows that change rank, in two all-to-alls each way, and the gradients of cut
-experts.
-"""
+"""What travels between ranks: only rows that change rank, in two all-to-alls each way, and cut experts' gradients."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -85,9 +83,7 @@ def test_only_rows_that_change_rank_travel(workers, num_experts, dtype):
 
 
 def check_cut_experts(rank):
-    """Three experts on two ranks: each rank computes one of its own and half of the second, whose gradient it sends to
-    the other.
-    """
+    """Three experts on two ranks: each computes one and half of the second, whose gradient it sends to the other."""
     torch.manual_seed(0)
     moe = shard_experts(MoE(DIM, 3, 1))
     with recorded() as calls:

@@ -1,6 +1,4 @@
-"""Hugging Face models, in whatever order one swaps, loads and saves: right weights or an error, never memory as it was
-found.
-"""
+"""Hugging Face models swapped, loaded and saved in any order: right weights or an error, never uninitialised memory."""
 
 import copy
 import pickle

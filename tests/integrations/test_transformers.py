@@ -1,6 +1,4 @@
-"""Sparse layers in Hugging Face models: loss and gradients against adding the layers' losses by hand; Trainer; saving
-and loading.
-"""
+"""Sparse layers in Hugging Face models: loss and gradients against losses added by hand; Trainer; saving, loading."""
 
 import sys
 from pathlib import Path
