@@ -3,9 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from harness import Workers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
-from st_moe_pytorch import TopNGating
+from st_moe_pytorch import MoE, TopNGating
+from st_moe_pytorch.distributed import data_parallel, shard_experts
 from st_moe_pytorch.tools.balance import LossFreeBalance
 
 SEQUENCES = 12
@@ -82,3 +87,52 @@ def check_that_all_raise(rank):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_a_step_without_a_forward_is_one_on_no_rank(workers):
     workers.run(check_that_all_raise)
+
+
+def layer_of_gates():
+    """A layer whose logits are its tokens, and the tokens of a step."""
+    gate = TopNGating(5, 5, balance_bias=True)
+    nn.init.eye_(gate.to_gates.weight)
+    x = torch.randn(SEQUENCES, 6, 5, generator=torch.Generator().manual_seed(4)) + torch.linspace(0, 2, 5)
+    return MoE(5, 5, gate=gate), x
+
+
+def two_steps(layer, model, x):
+    """Two steps of balance, with losses and gradients, around a model that holds the layer."""
+    balance = LossFreeBalance(model, rate=0.5)
+    for _ in range(2):
+        with balance:
+            out = layer(x)
+            (out.outputs.square().sum() + out.total_aux_loss).backward()
+        balance.step()
+    return model.gate.bias
+
+
+def balance_and_save(rank, mesh_shape, expected, path):
+    model, x = layer_of_gates()
+    mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp", "ep"))
+    ddp = data_parallel(shard_experts(model, mesh))
+    bias = two_steps(ddp, model, x.split(SIZES[4])[rank])
+    assert torch.equal(bias, expected)
+    dcp.save(get_model_state_dict(ddp), checkpoint_id=path)
+
+
+def load_and_compare(rank, expected, path):
+    model, _ = layer_of_gates()
+    ddp = data_parallel(shard_experts(model))
+    state = get_model_state_dict(ddp)
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(ddp, state)
+    assert torch.equal(model.gate.bias, expected)
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("workers", [1, 3], indirect=True)
+def test_sharded_layers_balance_as_one_process_does_and_checkpoints_hold_the_bias(workers, mesh_shape, tmp_path):
+    model, x = layer_of_gates()
+    expected = two_steps(model, model, x).clone()
+    assert expected.abs().max() > 0.1
+    four = Workers(4)
+    four.run(balance_and_save, mesh_shape, expected, str(tmp_path))
+    four.close()
+    workers.run(load_and_compare, expected, str(tmp_path))

@@ -92,7 +92,7 @@ def test_ways_to_balance_are_compared(tmp_path):
         assert 1 <= float(load.split()[0]) <= float(worst.split()[0]) <= 4
         assert 0 <= float(dropped.split("%")[0]) < 100
         assert 4 < float(bits.split()[0]) < 10
-    assert "has runs of other settings" in start("balance_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
+    assert "was run with other settings" in start("balance_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
 
 
 @pytest.mark.slow
@@ -101,3 +101,34 @@ def test_the_order_of_service_decides_whether_outputs_depend_on_the_future():
     shares = dict(re.findall(r"^\| (position|token) \| 0 \| [\d.]+ \| (\d+)% \|$", table, flags=re.MULTILINE))
     assert int(shares["position"]) > 10
     assert int(shares["token"]) == 0
+
+
+@pytest.mark.slow
+def test_every_way_to_fine_tune_is_run(tmp_path):
+    tiny = ["--seq-len", "16", "--dim", "32", "--depth", "1", "--experts", "4", "--steps", "2", "--seeds", "0"]
+    arguments = [*tiny, "--sequences", 16, "--out", tmp_path, "--only", "expert dropout", "parameters"]
+    printed = run("finetune_lm.py", *arguments)
+    bits = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \(", printed, flags=re.MULTILINE))
+    assert list(bits) == [
+        *("usual", "dropout 0.1", "dropout 0.2", "dropout 0.4"),
+        *("subset non_moe", "subset moe", "subset attention", "subset feed_forward"),
+    ]
+    assert len(set(bits.values())) > 4
+    assert (tmp_path / "finetuning.png").read_bytes().startswith(b"\x89PNG")
+    assert run("finetune_lm.py", *arguments) == printed
+
+
+@pytest.mark.slow
+def test_experts_of_a_trained_model_are_traced(tmp_path):
+    out = tmp_path / "run"
+    tiny = ["--seq-len", "16", "--dim", "32", "--depth", "1", "--experts", "4", "--steps", "2"]
+    run("train_lm.py", *tiny, "--text", EXAMPLES / "train_lm.py", "--out", out)
+    printed = run("trace_lm.py", out, "--text", EXAMPLES / "train_lm.py", "--most", 2)
+    header, _, row, *_ = printed.splitlines()
+    assert header.startswith("| layer | keyword | other letter |")
+    layer, *entropies = row.strip("| ").split(" | ")
+    assert layer == "blocks.0.moe"
+    assert all(0 <= float(value) <= 1.39 for value in entropies if value != "nan")
+    assert entropies[-1] == "1.39"
+    assert len(re.findall(r"^\| blocks.0.moe \| \d \| [\d.]+% \| `", printed, flags=re.MULTILINE)) == 4
+    assert "<table>" in (out / "experts.html").read_text()
