@@ -11,8 +11,9 @@ from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import ProcessGroup, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.distributed.agreement import Results
 from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
-from st_moe_pytorch.distributed.exchange import ExpertParallel, run_over_ranks
+from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
@@ -141,31 +142,20 @@ class Experts(nn.Module):
 
     def _run_rows(self, rows: Tensor, offsets: Tensor, parallel: ExpertParallel | None) -> Tensor:
         """Rows (t d) -> (t d') by experts that are called one by one, here or where they are placed."""
-        ends = offsets.tolist()  # the one time that a device is waited for
-        sizes = [stop - start for start, stop in pairwise([0, *ends])]
-        if min(sizes) < 0 or ends[-1] > len(rows):
-            raise ValueError(f"offsets must not decrease, nor go beyond the {len(rows)} rows of x, got {ends}")
-        *blocks, rest = rows.unsqueeze(0).split([*sizes, len(rows) - ends[-1]], dim=1)
         if parallel is None:
-            y = self._run(range(self.num_experts), blocks)
+            ends = offsets.tolist()  # the one time that a device is waited for
+            sizes = [stop - start for start, stop in pairwise([0, *ends])]
+            check_sizes(sizes, len(rows))
+            blocks = rows.unsqueeze(0).split([*sizes, len(rows) - ends[-1]], dim=1)
+            y = self._run(range(self.num_experts), blocks[:-1])
         else:
-            run = self._run_placed if may_share_products(rows) else self._run
-            y = [run_over_ranks(self.experts, rows[: ends[-1]], sizes, parallel, run).unsqueeze(0)]
-        return torch.cat([*y, y[0].new_zeros(1, rest.shape[1], y[0].shape[-1])], dim=1).squeeze(0)
-
-    def _run_placed(
-        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
-    ) -> list[Tensor]:
-        """`_run` or, where products are shared, the same by those of all experts that are placed here."""
-        placed = SharedProducts(self.experts[number] for number in numbers)
-        if not are_alike(placed):
-            return self._run(numbers, blocks, parameters)
-        sizes = [block.shape[1] for block in blocks]
-        offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)
-        places = {number: place for place, number in enumerate(numbers)}
-        own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
-        y = functional_call(placed, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
-        return list(y.unsqueeze(0).split(sizes, dim=1))
+            run, promised = self._run, None
+            placed = [self.experts[number] for number in parallel.experts]
+            if may_share_products(rows) and are_alike(shared := SharedProducts(placed)):
+                run, promised = shared.run, shared.results(rows)
+            y = [run_over_ranks(self.experts, rows, offsets, parallel, run, promised).unsqueeze(0)]
+        rest = y[0].new_zeros(1, len(rows) - sum(part.shape[1] for part in y), y[0].shape[-1])
+        return torch.cat([*y, rest], dim=1).squeeze(0)
 
     def _run(
         self,
@@ -248,11 +238,10 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
     layers: list[tuple[Any, ...]] = list(zip(*(expert.net for expert in experts), strict=True))
     norms = layers.pop(0) if isinstance(layers[0][0], RMSNorm) else ()
     up, gelus, *dropouts, down = layers
-    device = rows.device.type
     if norms:
         rows = norms[0].normalized(rows)
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        rows = rows.to(torch.get_autocast_dtype(device))
+    if (dtype := autocast_dtype(rows.device.type)) is not None:
+        rows = rows.to(dtype)
     elif rows.dtype != up[0].weight.dtype:
         raise ValueError(
             f"x must have the dtype of the experts, {up[0].weight.dtype}, or run under autocast, got {rows.dtype}"
@@ -269,6 +258,28 @@ class SharedProducts(nn.ModuleList):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         return run_shared(self, rows, offsets)
+
+    def results(self, rows: Tensor) -> Results:
+        """What comes of rows, known without running."""
+        down: Any = self.get_submodule("0.net")[-1]  # pyright: ignore[reportIndexIssue]
+        return Results(autocast_dtype(rows.device.type) or rows.dtype, down.out_features)
+
+    def run(
+        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
+    ) -> list[Tensor]:
+        """As `Experts` runs them under their numbers: rows (1 t d) and parameters to put in place -> (1 t d')."""
+        sizes = [block.shape[1] for block in blocks]
+        offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)
+        places = {number: place for place, number in enumerate(numbers)}
+        own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
+        y = functional_call(self, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
+        return list(y.unsqueeze(0).split(sizes, dim=1))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Of products on this kind of device; None without autocast."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 def _parameters(linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:

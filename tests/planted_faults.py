@@ -267,6 +267,21 @@ FAULTS = [
         "test_grouped.py::test_experts_that_differ_in_anything_are_called_one_by_one",
     ),
     Fault(
+        "ranks agree on results that all have promised",
+        "distributed/exchange.py",
+        "agree_on_results(results, self.parallel.channel) if self.dtype is None else self.dtype",
+        "agree_on_results(results, self.parallel.channel)",
+        "distributed/test_traffic.py::"
+        "test_hosts_wait_once_where_products_are_shared_and_twice_where_experts_are_called",
+    ),
+    Fault(
+        "what some ranks promise counts for all",
+        "distributed/agreement.py",
+        "is_promised = NO_NUMBER not in codes and len(set(widths)) == 1",
+        "is_promised, codes = len(set(widths) - {0}) == 1, [max(code, 0) for code in codes]",
+        "distributed/test_collectives.py::test_collective[3-check_promised_results]",
+    ),
+    Fault(
         "traces count choices that reached no expert",
         "tools/trace.py",
         "is_counted = routing.kept & (kind >= 0).unsqueeze(-1)",
@@ -906,8 +921,8 @@ FAULTS = [
     Fault(
         "counts of very many experts are cut off",
         "distributed/agreement.py",
-        "_gather_integers(message[MESSAGE:], channel, device)",
-        "_gather_integers(message[MESSAGE : 2 * MESSAGE], channel, device)",
+        "_gather_integers(message[MESSAGE:], channel)",
+        "_gather_integers(message[MESSAGE : 2 * MESSAGE], channel)",
         "distributed/test_collectives.py::test_collective[3-check_gather_counts]",
     ),
     Fault(

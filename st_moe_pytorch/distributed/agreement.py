@@ -1,12 +1,13 @@
 """What ranks have to agree on, and the one error that all of them raise where they do not. Axes: e experts, r ranks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from st_moe_pytorch.distributed.collectives import Channel
 
@@ -15,36 +16,47 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NO_NUMBER, FAILED = -1, -2  # in place of the number of a dtype
 
 
+class Results(NamedTuple):
+    """What experts return, where that is known before they run."""
+
+    dtype: torch.dtype
+    width: int
+
+
 def gather_counts(
-    counts: Sequence[int],
+    counts: Tensor,
     needs_grad: bool,
     agreement: Mapping[str, str],
     copies: Mapping[str, Sequence[int]],
     channel: Channel,
-    device: torch.device | None,
-) -> tuple[list[list[int]], bool]:
-    """Every rank's counts (r e), and whether any needs gradients, in one small collective, two for very many experts.
+    promised: Results | None = None,
+) -> tuple[list[list[int]], bool, torch.dtype | None]:
+    """Every rank's counts (e) int64, whether any needs gradients, and the dtype of results if all ranks promise any.
 
+    It is one small collective, two for very many experts. The host looks at counts here only, this rank's own included:
+    a device has to be waited for once.
     It carries a checksum of the agreement, what has to be equal on all ranks, and one of copies, the trainable
     parameters that other ranks hold too, with those ranks. Where ranks differ in either, the same RuntimeError is
     raised on all of them.
     """
-    message = [crc32(repr(agreement).encode()), int(needs_grad), _claims(copies, channel.rank), *counts]
-    start, end = 3, len(message)
+    results = (NO_NUMBER, 0) if promised is None else (DTYPES.index(promised.dtype), promised.width)
+    told = crc32(repr(agreement).encode()), int(needs_grad), _claims(copies, channel.rank), *results
+    message = torch.cat((torch.tensor(told, device=counts.device), counts))
+    start, end = len(told), len(message)
     # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where
     # sizes differ
-    gathered = _gather_integers(message[:MESSAGE] + [0] * (MESSAGE - end), channel, device)
-    checksums, needed, claims = zip(*(line[:start] for line in gathered), strict=True)
+    gathered = _gather_integers(F.pad(message[:MESSAGE], (0, max(MESSAGE - end, 0))), channel)
+    checksums, needed, claims, codes, widths = zip(*(line[:start] for line in gathered), strict=True)
     if len(set(checksums)) > 1:
         require_agreement(agreement, channel)
     if sum(claims):
         raise RuntimeError(unequal_copies(copies, channel))
     if end > MESSAGE:
-        gathered = [
-            first + rest
-            for first, rest in zip(gathered, _gather_integers(message[MESSAGE:], channel, device), strict=True)
-        ]
-    return [line[start:end] for line in gathered], any(needed)
+        rest = _gather_integers(message[MESSAGE:], channel)
+        gathered = [line + more for line, more in zip(gathered, rest, strict=True)]
+    is_promised = NO_NUMBER not in codes and len(set(widths)) == 1
+    dtype = _widest({DTYPES[code] for code in codes}) if is_promised else None
+    return [line[start:end] for line in gathered], any(needed), dtype
 
 
 def agree_with_replicas(
@@ -52,9 +64,8 @@ def agree_with_replicas(
 ) -> tuple[bool, str | None]:
     """Whether any replica needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
     holders = dict.fromkeys(copies, range(replicas.size))
-    claims, needed = zip(
-        *_gather_integers([_claims(holders, replicas.rank), int(needs_grad)], replicas, device), strict=True
-    )
+    told = torch.tensor([_claims(holders, replicas.rank), int(needs_grad)], device=device)
+    claims, needed = zip(*_gather_integers(told, replicas), strict=True)
     return any(needed), unequal_copies(holders, replicas) if sum(claims) else None
 
 
@@ -63,9 +74,10 @@ def _claims(copies: Mapping[str, Sequence[int]], rank: int) -> int:
     return sum(crc32(name.encode()) * (len(ranks) - 1 if rank == ranks[0] else -1) for name, ranks in copies.items())
 
 
-def _gather_integers(values: list[int], channel: Channel, device: torch.device | None) -> list[list[int]]:
-    gathered = torch.empty(channel.size, len(values), dtype=torch.int64, device=device)
-    channel.call(dist.all_gather_single, gathered.view(-1), torch.tensor(values, device=device))
+def _gather_integers(values: Tensor, channel: Channel) -> list[list[int]]:
+    """Every rank's integers (n), by rank."""
+    gathered = values.new_empty(channel.size, len(values))
+    channel.call(dist.all_gather_single, gathered.view(-1), values)
     return gathered.tolist()
 
 
@@ -113,7 +125,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
     """
     dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
     code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
-    gathered = _gather_integers([code, width], channel, results[0].device)
+    gathered = _gather_integers(torch.tensor([code, width], device=results[0].device), channel)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if FAILED in codes:
         failed = "; ".join(
@@ -130,7 +142,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
 
 def tell_of_failure(error: Exception, channel: Channel, device: torch.device) -> None:
     """In place of `agree_on_results`, on a rank whose experts raised an error."""
-    _gather_integers([FAILED, 0], channel, device)
+    _gather_integers(torch.tensor([FAILED, 0], device=device), channel)
     gather_objects(f"{type(error).__name__}: {error}", channel)
 
 

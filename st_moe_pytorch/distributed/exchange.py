@@ -4,13 +4,20 @@ Axes: e experts, r ranks, t rows, d width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from st_moe_pytorch.compat import ends_recomputation
-from st_moe_pytorch.distributed.agreement import agree_on_results, agree_with_replicas, gather_counts, tell_of_failure
+from st_moe_pytorch.distributed.agreement import (
+    Results,
+    agree_on_results,
+    agree_with_replicas,
+    gather_counts,
+    tell_of_failure,
+)
 from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient, used_for_nothing
 from st_moe_pytorch.distributed.compat import is_reentrant_checkpoint
 from st_moe_pytorch.distributed.placement import Placement
@@ -80,11 +87,16 @@ class ExpertParallel(NamedTuple):
         return sorted(found.values(), key=lambda copy: copy.name)
 
     def exchange(
-        self, rows: Tensor, counts: Sequence[int], needs_grad: bool, copies: Sequence[Copy] = ()
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        needs_grad: bool,
+        copies: Sequence[Copy] = (),
+        promised: Results | None = None,
     ) -> "Exchange":
         """What travels in one forward of a layer, agreed on by all ranks.
 
-        rows (t d) sorted by expert, counts: how many of them each expert gets.
+        rows (t d) sorted by expert, counts (e) int64: how many of them each expert gets.
         needs_grad: whether this rank needs gradients. If any does, all take part in the backward.
         """
         if self.channel.size != self.placement.num_ranks:
@@ -99,14 +111,14 @@ class ExpertParallel(NamedTuple):
             needs_grad, problem = agree_with_replicas(names, needs_grad, self.data_parallel, rows.device)
             agreement["replicas"] = problem or "agree"
         shared = {copy.name: copy.holders for copy in copies if len(copy.holders) > 1}
-        gathered, needs_grad = gather_counts(counts, needs_grad, agreement, shared, self.channel, rows.device)
+        gathered, needs_grad, dtype = gather_counts(counts, needs_grad, agreement, shared, self.channel, promised)
         if problem is not None:
             raise RuntimeError(problem)
+        check_sizes(gathered[self.channel.rank], len(rows))
         blocks = self.placement.blocks(gathered)
         back = [[sum(source) for source in zip(*held, strict=True)] for held in blocks]
-        return Exchange(
-            self, blocks[self.channel.rank], [list(line) for line in zip(*back, strict=True)], back, needs_grad
-        )
+        there = [list(line) for line in zip(*back, strict=True)]
+        return Exchange(self, blocks[self.channel.rank], there, back, needs_grad, dtype)
 
     def join_replicas(self, block: Tensor, copies: Sequence[Copy]) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
         """A block of rows, and tensors in place of the copies, by expert and name, that sum all copies' gradients."""
@@ -147,9 +159,15 @@ class Exchange(NamedTuple):
     back: list[list[int]]
     """The same for their results."""
     needs_grad: bool
+    dtype: torch.dtype | None
+    """Of the results, if all ranks promised any; else they agree on it afterwards."""
 
     def to_experts(self, rows: Tensor) -> list[Tensor]:
-        """This rank's rows (t d), sorted by expert -> a block of all ranks' rows for each expert placed here."""
+        """This rank's rows (t d), sorted by expert -> a block of all ranks' rows for each expert placed here.
+
+        Rows behind the last expert's stay.
+        """
+        rows = rows[: sum(self.there[self.parallel.channel.rank])]
         if self.needs_grad and not rows.requires_grad:
             rows = rows.detach().requires_grad_()
         arrived = self._scaled(self._send(rows, self.there), self._scale)
@@ -161,14 +179,15 @@ class Exchange(NamedTuple):
 
         They are in the widest dtype of any rank's.
         """
-        dtype = agree_on_results(results, self.parallel.channel)
+        dtype = agree_on_results(results, self.parallel.channel) if self.dtype is None else self.dtype
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(self._scaled(returning, 1 / self._scale), self.back)
 
     def fail(self, error: Exception, device: torch.device) -> None:
-        """In place of `to_tokens` where experts raised an error: tell it to all ranks, which wait for results."""
-        tell_of_failure(error, self.parallel.channel, device)
+        """In place of `to_tokens` where experts raised an error: tell it to ranks that wait to agree on results."""
+        if self.dtype is None:
+            tell_of_failure(error, self.parallel.channel, device)
 
     @property
     def _scale(self) -> int:
@@ -203,13 +222,30 @@ def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
         nodes += [node for node, _ in node.next_functions]
 
 
+def check_sizes(sizes: Sequence[int], length: int) -> None:
+    """Raise ValueError unless so many rows can be the experts'."""
+    if min(sizes) < 0 or sum(sizes) > length:
+        ends = list(accumulate(sizes))
+        raise ValueError(f"offsets must not decrease, nor go beyond the {length} rows of x, got {ends}")
+
+
 def run_over_ranks(
-    experts: nn.ModuleList, rows: Tensor, sizes: Sequence[int], parallel: ExpertParallel, run: Run
+    experts: nn.ModuleList,
+    rows: Tensor,
+    offsets: Tensor,
+    parallel: ExpertParallel,
+    run: Run,
+    promised: Results | None = None,
 ) -> Tensor:
-    """Rows (t d) sorted by expert, sizes[i] for expert i -> (t d'), each computed by the rank that it is placed on."""
+    """Rows (t d) sorted by expert, those of expert i up to offsets[i] -> (t' d'), each computed where it is placed.
+
+    promised: what this rank's experts return, if it is known. Where all ranks know it, they need not agree on it, and
+    an error of the experts leaves the other ranks to the timeout of their process group.
+    """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
-    exchange = parallel.exchange(rows, sizes, needs_grad, copies)
+    counts = offsets.long().diff(prepend=offsets.new_zeros(1, dtype=torch.int64))
+    exchange = parallel.exchange(rows, counts, needs_grad, copies, promised)
     blocks = exchange.to_experts(rows)
     blocks[0], joined = parallel.join_replicas(blocks[0], copies)
     try:
@@ -222,9 +258,8 @@ def run_over_ranks(
         if not ends_recomputation(error):
             exchange.fail(error, rows.device)
         raise
-    if (
-        not parallel.sharded
-    ):  # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
+    if not parallel.sharded:
+        # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
         others = [expert for number, expert in enumerate(experts) if number not in parallel.experts]
         results[0] = used_for_nothing(results[0], *others)
     return exchange.to_tokens(results)

@@ -14,7 +14,7 @@ from st_moe_pytorch.distributed import (
     pad_dim_to,
     split_by_rank,
 )
-from st_moe_pytorch.distributed.agreement import gather_counts
+from st_moe_pytorch.distributed.agreement import Results, gather_counts
 from st_moe_pytorch.distributed.collectives import Channel, all_gather, all_to_all, join_replicas, scale_gradient
 
 CHANNEL = Channel("test")
@@ -98,11 +98,24 @@ def check_replicas_of_other_formats(rank):
 def check_gather_counts(rank):
     ranks = dist.get_world_size()
     for experts in (1, 254, 255, 300, 600):
-        counts, needs_grad = gather_counts(
-            [rank * 1000 + e for e in range(experts)], rank == 1, {"layer": "test"}, {}, CHANNEL, None
-        )
+        mine = torch.arange(experts) + rank * 1000
+        counts, needs_grad, dtype = gather_counts(mine, rank == 1, {"layer": "test"}, {}, CHANNEL)
+        assert dtype is None
         assert counts == [[r * 1000 + e for e in range(experts)] for r in range(ranks)]
         assert needs_grad
+
+
+def check_promised_results(rank):
+    """The dtype of all ranks' results is known if each has promised one, of the same width."""
+    mine = torch.zeros(4, dtype=torch.int64)
+
+    def agreed(promised):
+        return gather_counts(mine, False, {"layer": "test"}, {}, CHANNEL, promised)[2]
+
+    assert agreed(Results(torch.float32, 8)) == torch.float32
+    assert agreed(Results([torch.float16, torch.bfloat16, torch.float16][rank], 8)) == torch.float32
+    assert agreed(Results(torch.float32, 8) if rank else None) is None
+    assert agreed(Results(torch.float32, 8 + rank)) is None
 
 
 def check_helpers_of_0_1_8(rank):
@@ -142,6 +155,7 @@ CHECKS = [
     check_join_replicas,
     check_replicas_of_other_formats,
     check_gather_counts,
+    check_promised_results,
     check_helpers_of_0_1_8,
     check_gradients_of_half_precision,
 ]

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from st_moe_pytorch import MoE
 from st_moe_pytorch.distributed import shard_experts
+from st_moe_pytorch.distributed.agreement import MESSAGE
 
 DIM, TOKENS = 6, 24
 
@@ -80,6 +81,33 @@ def check_traffic(rank, num_experts, dtype):
 @pytest.mark.parametrize("workers", [2, 4], indirect=True)
 def test_only_rows_that_change_rank_travel(workers, num_experts, dtype):
     workers.run(check_traffic, num_experts, dtype)
+
+
+def check_looks_at_data(rank, is_shared):
+    """How often a device would have to be waited for: each time that integers of a tensor become Python's."""
+    looks, tolist = [], torch.Tensor.tolist
+    moe = shard_experts(MoE(DIM, 4))
+    rows, offsets = torch.randn(TOKENS, DIM, requires_grad=True), torch.tensor([3, 9, 9, TOKENS - 1], dtype=torch.int32)
+
+    def looked(t):
+        looks.append(tuple(t.shape))
+        return tolist(t)
+
+    with (
+        patch("st_moe_pytorch.experts.may_share_products", lambda t: is_shared),
+        patch("st_moe_pytorch.experts.run_shared", lambda experts, rows, offsets: rows),  # has a loop on CPU
+        patch.object(torch.Tensor, "tolist", looked),
+    ):
+        y = moe.experts(rows, offsets)
+        assert looks == [(dist.get_world_size(), MESSAGE), *([] if is_shared else [(dist.get_world_size(), 2)])]
+        y.sum().backward()
+        assert len(looks) == (1 if is_shared else 2)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_hosts_wait_once_where_products_are_shared_and_twice_where_experts_are_called(workers, is_shared):
+    workers.run(check_looks_at_data, is_shared)
 
 
 def check_cut_experts(rank):
