@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -272,11 +273,11 @@ def plot(found: dict[str, Results], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
     series = {
-        "tokens of a sequence": ("length", lambda work: work.n),
-        "experts, for 512 tokens": (" experts", lambda work: work.experts),
+        "tokens of a sequence": (r"length \d+", lambda work: work.n),
+        "experts, for 512 tokens": (r"\d+ experts", lambda work: work.experts),
     }
-    for axes, (label, (word, of)) in zip(panels, series.items(), strict=True):
-        works = [work for work in WORKLOADS if word in work.name and work.name in found]
+    for axes, (label, (name_of_work, of)) in zip(panels, series.items(), strict=True):
+        works = [work for work in WORKLOADS if re.fullmatch(name_of_work, work.name) and work.name in found]
         for color, name in enumerate(CONTENDERS):
             taken = {work: found[work.name][name] for work in works if name in found[work.name]}
             points = [
