@@ -21,9 +21,9 @@ WORTH_ALIGNING = 2**17  # numbers of the input; of fewer, products take as long 
 
 def may_align(x: Tensor) -> bool:
     """Whether plain linear layers of x (..., i) may be computed by `aligned_linear` instead of called, and gain."""
-    if x.numel() < WORTH_ALIGNING or x.dtype not in (torch.float32, torch.float64) or not can_be_looked_at(x):
-        return False
-    return not (torch.is_autocast_enabled("cpu") or is_derived_forward() or watches_modules())
+    is_large = x.numel() >= WORTH_ALIGNING and x.dtype in (torch.float32, torch.float64)
+    is_plain = is_large and can_be_looked_at(x) and not torch.is_autocast_enabled("cpu")
+    return is_plain and not is_derived_forward() and not watches_modules()
 
 
 def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
@@ -31,9 +31,8 @@ def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
 
     Aligned are the results (..., o) if those are the hidden units, or else the gradients of x.
     """
-    inputs = x, linear.weight, linear.bias
-    linear_of = _Linear.apply if may_be_derived(*inputs) else _Linear.forward
-    return linear_of(*inputs, to_hidden)
+    compute = _Linear.apply if may_be_derived(x, *linear.parameters()) else _Linear.forward
+    return compute(x, linear.weight, linear.bias, to_hidden)
 
 
 @with_known_signature

@@ -216,9 +216,8 @@ def looks(module: nn.Module) -> tuple[Any, ...] | None:
         return None
     own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
     parts = [(name, looks(child)) for name, child in children.items()]
-    if any(type(p) not in (nn.Parameter, NoneType) for p in parameters.values()) or any(
-        part is None for _, part in parts
-    ):
+    is_plain = all(type(p) in (nn.Parameter, NoneType) for p in parameters.values())
+    if not is_plain or any(part is None for _, part in parts):
         return None
     return type(module), module.training, getattr(module, "p", None), own, parts
 

@@ -872,8 +872,8 @@ FAULTS = [
     Fault(
         "products that experts of a rank share pass over the sums for cut experts",
         "experts.py",
-        "functional_call(placed, own, (",
-        "functional_call(placed, {}, (",
+        "functional_call(self, own, (",
+        "functional_call(self, {}, (",
         "distributed/test_exactness.py::test_products_that_experts_of_a_rank_share[2-5]",
     ),
     Fault(
