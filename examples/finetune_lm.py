@@ -68,7 +68,7 @@ class FineTuning(Settings):
 
 
 def headers(text: str, seq_len: int) -> list[Tensor]:
-    """Bytes of every 64th (small) or 16th header of PyTorch's core library c10 to tune on, and of others to validate."""
+    """Bytes of every 64th (small) or 16th header of PyTorch's library c10 to tune on, and of others to validate."""
     root = Path(torch.__file__).parent / "include" / "c10"
     files = [path.read_bytes() for path in sorted(root.rglob("*.h"))]
     parts = [b"".join(files[first::step]) for first, step in ((0, 64 if text == "small" else 16), (4, 8))]
@@ -154,21 +154,24 @@ def print_tables(found: dict[tuple[str, int], dict], experiments: list[str], set
 
 
 def plot(found: dict[tuple[str, int], dict], experiments: list[str], settings: FineTuning, path: Path) -> None:
-    """Bits per byte of every run, a dot per seed, a panel per experiment."""
-    heights = [len(EXPERIMENTS[experiment]) for experiment in experiments]
-    figure = Figure(figsize=(8, 0.28 * sum(heights) + 0.9 * len(heights)), layout="constrained")
-    panels = figure.subplots(len(experiments), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, experiment in zip(panels, experiments, strict=True):
-        names = [name_of(USUAL | change) for change in EXPERIMENTS[experiment]]
-        for row, name in enumerate(names):
-            bits = [found[name, seed]["bits"] for seed in settings.seeds]
-            axes.plot(bits, [row] * len(bits), "o", color="C0", alpha=0.6)
-            axes.plot(mean(bits), row, "|", color="black", markersize=12)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_title(experiment, loc="left")
-    panels[-1].set_xlabel("bits per byte in validation after fine-tuning; a dot per seed, a bar for their mean")
-    figure.savefig(path, dpi=100)
+    """Bits per byte of every run, a dot per seed, a panel per experiment; long ones stand in a column of their own."""
+    columns = [[name for name in experiments if (len(EXPERIMENTS[name]) > 10) is is_long] for is_long in (False, True)]
+    columns = [column for column in columns if column]
+    figure = Figure(figsize=(7 * len(columns), 8), layout="constrained")
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        heights = [len(EXPERIMENTS[experiment]) for experiment in column]
+        panels = part.subplots(len(column), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, experiment in zip(panels, column, strict=True):
+            names = [name_of(USUAL | change) for change in EXPERIMENTS[experiment]]
+            for row, name in enumerate(names):
+                bits = [found[name, seed]["bits"] for seed in settings.seeds]
+                axes.plot(bits, [row] * len(bits), "o", color="C0", alpha=0.6)
+                axes.plot(mean(bits), row, "|", color="black", markersize=12)
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+            axes.set_title(experiment, loc="left")
+        panels[-1].set_xlabel("bits per byte in validation")
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

@@ -96,15 +96,14 @@ def _lock(out: Path) -> Iterator[None]:
 def _prepare(out: Path, settings: dict[str, Any], resume: bool) -> None:
     """Note in a new directory what the numbers of its run depend on, or find it unchanged."""
     path, saved = out / "settings.json", checkpoints(out)
-    holds_a_run = bool(saved) or path.exists() or (out / "metrics.jsonl").exists()
-    if holds_a_run and not resume:
-        raise ValueError(f"{out} holds a run: continue it with --resume, or choose another --out")
-    if holds_a_run:
-        theirs = read_settings(out)
+    if saved or path.exists() or (out / "metrics.jsonl").exists():
+        theirs = read_settings(out) if resume or path.exists() else settings
         different = [name for name, value in settings.items() if theirs.get(name) != value]
         if different:
             changes = [f"{name} was {theirs.get(name)}, is now {settings[name]}" for name in different]
-            raise ValueError(f"{out} holds a run with other settings: {'; '.join(changes)}")
+            raise ValueError(f"{out} holds a run with other settings: {'; '.join(changes)}: choose another --out")
+        if not resume:
+            raise ValueError(f"{out} holds a run: continue it with --resume, or choose another --out")
     else:
         write_whole(path, json.dumps(settings))
     for half_saved in out.glob("checkpoint-*.tmp"):
@@ -226,6 +225,8 @@ def report(out: Path, history: list[dict], model: nn.Module, text: Tensor, token
     for layer, load in last["load"].items():
         say(f"{layer}: experts get {min(load):.1%} to {max(load):.1%} of the choices asked for")
     say(f"{last['validation_bits']:.3f} bits per byte in validation; wrote {out}")
+    if page is not None:
+        say(f"open {out / 'routing.html'} to see where the bytes of a text go")
 
 
 @torch.no_grad()

@@ -245,12 +245,11 @@ class TopNGating(Gate):
         check_one_of(PRIORITIES, priority=self.priority)
         check_one_of(SCORES, score=self.score)
         if self.bias is not None and self.differentiable_topk:
-            raise ValueError(
-                "differentiable_topk must be False with balance_bias: coordinate descent chooses without a bias"
-            )
+            raise ValueError("differentiable_topk must be False with balance_bias: coordinate descent knows none")
         if self.top_n > self.num_gates:
             raise ValueError(
-                f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}"
+                f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}; "
+                "in MoE it is called gating_top_n"
             )
         if self.second_place_loss and self.top_n < 2:
             raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {self.top_n}")

@@ -170,9 +170,12 @@ def model_of(module):
 REFUSED = {
     "half": (
         nn.Linear(DIM, 32),
-        r"layer.mlp maps a width of 16 to 32. If .* name all of them, in order: where=\(first, ..., last\)",
+        r"layer.mlp maps a width of 16 to 32. If .* name all of them, the activation too: where=\(first, ..., last\)",
     ),
-    "two inputs": (Two(), "where must match modules of one input, but layer.mlp takes x, residual"),
+    "two inputs": (
+        Two(),
+        "where must match modules of one input, but layer.mlp takes x, residual. If the model runs its parts",
+    ),
     "two results": (Pair(DIM, DIM), "where must match modules that return one tensor, but layer.mlp returns a tuple"),
     "experts": (ExpertsOfItsOwn(), "layer.mlp looks like a mixture of experts of the model's own, a ExpertsOfItsOwn"),
     "experts inside": (
@@ -210,6 +213,20 @@ def test_parts_of_torchs_layers_and_unequal_numbers_of_parts_are_refused():
         match=r"equally many first, second and further parts .* 2 by '\*.intermediate', 1 by '0.output.dense'",
     ):
         sparsify(nn.Sequential(Split(), Split()), ("*.intermediate", "0.output.dense"), moe)
+
+
+def test_parts_without_an_activation_are_refused():
+    """The model would run it on the results of the sparse layer, and experts would be linear."""
+    model = nn.ModuleDict({"h": nn.ModuleList([Split() for _ in range(2)])})
+    with pytest.raises(ValueError, match=r"name the activation too, got linear layers only, h.0.\S+, h.0.\S+: name it"):
+        sparsify(model, ("h.*.intermediate.0", "h.*.output.dense"), moe)
+    assert not swapped(model)
+
+
+def test_a_layer_in_place_of_a_function_that_builds_it_is_refused():
+    for make in (MoE(DIM, 4), MoE):
+        with pytest.raises(ValueError, match="make must be a function that builds a layer for each feed-forward"):
+            sparsify(model_of(nn.Linear(DIM, DIM)), "layer.mlp", make)
 
 
 def test_a_miss_names_what_is_near_with_stars_for_numbers():

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused():
         trace([kinds[0].int(), kinds[1]], records, KINDS)
     with pytest.raises(ValueError, match="kinds must be below num_kinds=4, got 4 in call 0"):
         trace(kinds, records, KINDS - 2)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(ValueError, match="kinds must hold a tensor for each of 2 calls, got 1"):
         trace(kinds[0], records, KINDS)
     with pytest.raises(ValueError, match="routings must hold at least one"):
         Trace.of([], [], KINDS)

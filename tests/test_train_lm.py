@@ -232,7 +232,9 @@ def test_a_directory_that_holds_a_run_is_not_run_in_again_by_accident(run, ended
         (ended / name).rename(ended / "elsewhere")
         assert "continue it with --resume" in complaint(capsys, run, "--text", text, "--out", ended)
         (ended / "elsewhere").rename(ended / name)
-    assert "lr was 0.01, is now 0.1" in complaint(capsys, run, "--text", text, "--out", ended, "--resume", "--lr=0.1")
+    for resume in ([], ["--resume"]):  # which would not help, and is not offered
+        line = complaint(capsys, run, "--text", text, "--out", ended, "--lr=0.1", *resume)
+        assert "lr was 0.01, is now 0.1: choose another --out" in line
     assert contents(ended) == before
 
 

@@ -17,6 +17,10 @@ from st_moe_pytorch.moe import MoE
 Where: TypeAlias = str | type[nn.Module] | tuple[str, ...] | tuple[type[nn.Module], ...]
 TORCH_LAYERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
+LINEAR = nn.Linear | nn.Dropout | nn.Identity
+BY_PARTS = (
+    "If the model runs its parts one after another, name all of them, the activation too: where=(first, ..., last)"
+)
 
 
 class FeedForward(NamedTuple):
@@ -56,6 +60,7 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
     for feed_forward in found:
         _refuse_parts_of_torchs_layers(feed_forward, modules)
         _refuse_sparse(feed_forward, modules, where)
+        _refuse_linear(feed_forward)
     return found
 
 
@@ -146,6 +151,15 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
         raise ValueError(f"where must match dense feed-forwards, got {where!r}, but {feed_forward} {why}")
 
 
+def _refuse_linear(feed_forward: FeedForward) -> None:
+    """Parts without the activation between them, which would act on the results of the sparse layer instead."""
+    if len(feed_forward.names) > 1 and all(isinstance(part, LINEAR) for part in feed_forward.module.children()):
+        raise ValueError(
+            f"where must name the activation too, got linear layers only, {feed_forward}: name it between them, as in "
+            "('**.fc1', '**.activation_fn', '**.fc2'); if it is no module, swap the module that holds them all"
+        )
+
+
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
     """Raise ValueError if a feed-forward is seen, without a run on data, not to map (b n dim) -> (b n dim)."""
     module = feed_forward.module
@@ -156,7 +170,8 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
         and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(needed) > 1:
-        raise ValueError(f"where must match modules of one input, but {feed_forward} takes {', '.join(needed)}")
+        takes = f"{feed_forward} takes {', '.join(needed)}"
+        raise ValueError(f"where must match modules of one input, but {takes}. {BY_PARTS}")
     if any(has_hooks(part) for part in module.modules()):
         return  # which may do anything with a tensor that has no data
     tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
@@ -172,9 +187,8 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
         )
     if y.shape != (1, 2, dim):
         raise ValueError(
-            f"where must match whole feed-forwards, but {feed_forward} maps a width of "
-            f"{dim} to {y.shape[-1]}. If the model runs the parts of its feed-forwards "
-            "one after another, name all of them, in order: where=(first, ..., last)"
+            f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}. "
+            f"{BY_PARTS}"
         )
 
 

@@ -36,6 +36,9 @@ class Trace:
         kinds: for each call the kinds (b n) of its tokens, int64 numbers below num_kinds: ids of a vocabulary, or
             classes. Tokens with negative numbers are passed over, and so is padding.
         """
+        kinds, routings = list(kinds), list(routings)
+        if len(kinds) != len(routings):
+            raise ValueError(f"kinds must hold a tensor for each of {len(routings)} calls, got {len(kinds)}")
         total = torch.zeros((), dtype=torch.int64)
         for number, (kind, routing) in enumerate(zip(kinds, routings, strict=True)):
             if kind.shape != routing.kept.shape[:2] or kind.dtype != torch.int64:
