@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 from st_moe_pytorch import MoE, SparseMoEBlock, TopNGating
@@ -218,13 +219,14 @@ def test_each_real_token_counts_once(again, rule):
 
 
 @pytest.mark.compile
-def test_compiled_models_count_once_and_compile_once_more():
+@pytest.mark.parametrize("compiler", [aot_eager, pytest.param(compile_fx, marks=pytest.mark.slow)])
+def test_compiled_models_count_once_and_compile_once_more(compiler):
     torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return compiler(graph, inputs)
 
     model, reference = Model(), Model()
     reference.load_state_dict(model.state_dict())
