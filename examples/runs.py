@@ -175,7 +175,6 @@ def load(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
     with ending_together("; restore it from a copy, or start anew with another --out"):
         if dist.get_rank() == 0 and not _is_whole(saved[-1]):
             raise ValueError(f"{saved[-1]} is damaged, or was saved by another version")
-    say(f"resuming from step {step_of(saved[-1])}")
     state, history = _state(model, optimizers), read_history(saved[-1])
     dcp.load(state, checkpoint_id=saved[-1])
     set_state_dict(

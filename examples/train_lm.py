@@ -173,6 +173,8 @@ def train(model: LanguageModel, texts: list[Tensor], settings: Settings) -> list
     optimizers = muon_and_adamw(model, settings.lr)
     history = runs.load(settings.out, model, optimizers)
     last = history[-1] if history else {"step": 0, "train_seconds": 0.0}
+    if history:
+        say(f"resuming from step {last['step']}")
     start, bits, routed = time.perf_counter(), [], []
     bar = {"total": settings.steps, "unit": "step", "dynamic_ncols": True, "disable": dist.get_rank() > 0}
     with tqdm(initial=last["step"], **bar) as progress:
