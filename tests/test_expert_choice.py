@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import ReluExpert, assert_close, golden, golden_names, gradients, layer_by_token
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from st_moe_pytorch import Expert, ExpertChoiceGating, Gate, MoE, SparseMoEBlock
 from st_moe_pytorch.losses import token_balance_loss
@@ -500,7 +501,7 @@ def test_upcycled_and_swapped_in():
 
 
 def test_one_graph_serves_all_data_and_one_more_all_lengths():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     moe = build(4)
     run = torch.compile(moe, backend=counter, fullgraph=True)
     for length, graphs in ((20, 1), (20, 1), (33, 2), (47, 2)):
