@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from st_moe_pytorch.checks import can_be_looked_at
-from st_moe_pytorch.compat import is_derived_forward, may_be_derived, watches_modules, with_known_signature
+from st_moe_pytorch.compat import is_watched, may_be_derived, with_known_signature
 
 CACHE_LINE = 64  # bytes
 WORTH_ALIGNING = 2**17  # numbers of the input; of fewer, products take as long either way
@@ -21,18 +22,16 @@ WORTH_ALIGNING = 2**17  # numbers of the input; of fewer, products take as long 
 
 def may_align(x: Tensor) -> bool:
     """Whether plain linear layers of x (..., i) may be computed by `aligned_linear` instead of called, and gain."""
-    is_large = x.numel() >= WORTH_ALIGNING and x.dtype in (torch.float32, torch.float64)
-    is_plain = is_large and can_be_looked_at(x) and not torch.is_autocast_enabled("cpu")
-    return is_plain and not is_derived_forward() and not watches_modules()
+    # first of all, since compilers would guard on the number of tokens
+    if not can_be_looked_at(x) or torch.is_autocast_enabled("cpu") or is_watched():
+        return False
+    return x.dtype in (torch.float32, torch.float64) and x.layout == torch.strided and x.numel() >= WORTH_ALIGNING
 
 
 def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
-    """``linear(x)`` of x (..., i), with the hidden units or their gradients in aligned rows.
-
-    Aligned are the results (..., o) if those are the hidden units, or else the gradients of x.
-    """
-    compute = _Linear.apply if may_be_derived(x, *linear.parameters()) else _Linear.forward
-    return compute(x, linear.weight, linear.bias, to_hidden)
+    """``linear(x)`` of x (..., i). Aligned are the results (..., o) if ``to_hidden``, or else the gradients of x."""
+    inputs = x, linear.weight, linear.bias
+    return (_Linear.apply if may_be_derived(*inputs) else _Linear.forward)(*inputs, to_hidden)
 
 
 @with_known_signature
@@ -43,8 +42,8 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.to_hidden = inputs[3]
+        (x, weight, _, ctx.to_hidden), (of_x, of_weight, *_) = inputs, ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -57,8 +56,12 @@ class _Linear(Function):
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, is_aligned: bool) -> Tensor:
     """``a @ b + bias`` of a (..., i) and b (i o)."""
-    rows, width, y = a.reshape(-1, a.shape[-1]), b.shape[1], None
-    if is_aligned and not may_be_derived(a, b):
-        y = a.new_empty(len(rows), width + -width % (CACHE_LINE // a.element_size()))[:, :width]
-    y = torch.mm(rows, b, out=y) if bias is None else torch.addmm(bias, rows, b, out=y)
-    return y.view(*a.shape[:-1], width)
+    if may_be_derived(a, b, bias):
+        return F.linear(a, b.t(), bias)
+    *shape, width = *a.shape[:-1], b.shape[1]
+    padded = width + -width % (CACHE_LINE // a.element_size()) if is_aligned else width
+    # no view of a wider tensor, since results of functions that are views cannot be changed in place
+    y = a.new_empty_strided((*shape, width), torch.empty(*shape, padded, device="meta").stride())
+    rows, out = a.reshape(-1, a.shape[-1]), y.view(-1, width)
+    _ = torch.mm(rows, b, out=out) if bias is None else torch.addmm(bias, rows, b, out=out)
+    return y

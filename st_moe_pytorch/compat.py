@@ -37,16 +37,11 @@ def is_fake(t: Tensor) -> bool:
     return isinstance(t, FakeTensor)
 
 
-def is_derived_forward() -> bool:
-    """Whether derivatives of forward mode are being computed."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def may_be_derived(*tensors: Tensor | float) -> bool:
+def may_be_derived(*tensors: Tensor | float | None) -> bool:
     """Whether results of these tensors may be differentiated, in reverse or forward mode, or many at a time."""
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
-    if is_transformed() or is_derived_forward():
+    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
         return True
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -111,9 +106,10 @@ def has_hooks(module: nn.Module) -> bool:
     return any(map(len, hooks))
 
 
-def watches_modules() -> bool:
-    """Whether hooks of all modules are set, as counters and debuggers do."""
-    return bool(nn.modules.module._has_any_global_hook())
+def is_watched() -> bool:
+    """Whether hooks of all modules, modes of operators or forward-mode derivatives are on, as of tracers."""
+    is_on = nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
+    return bool(is_on) or torch.autograd.forward_ad._current_level >= 0
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -152,7 +152,8 @@ class Experts(nn.Module):
             run, promised = self._run, None
             placed = [self.experts[number] for number in parallel.experts]
             if may_share_products(rows) and are_alike(shared := SharedProducts(placed)):
-                run, promised = shared.run, shared.results(rows)
+                *_, last = shared.parameters()  # of the last matrix, as wide as the results
+                run, promised = shared.run, Results(autocast_dtype(rows.device.type) or rows.dtype, len(last))
             y = [run_over_ranks(self.experts, rows, offsets, parallel, run, promised).unsqueeze(0)]
         rest = y[0].new_zeros(1, len(rows) - sum(part.shape[1] for part in y), y[0].shape[-1])
         return torch.cat([*y, rest], dim=1).squeeze(0)
@@ -258,11 +259,6 @@ class SharedProducts(nn.ModuleList):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         return run_shared(self, rows, offsets)
-
-    def results(self, rows: Tensor) -> Results:
-        """What comes of rows, known without running."""
-        down: Any = self.get_submodule("0.net")[-1]  # pyright: ignore[reportIndexIssue]
-        return Results(autocast_dtype(rows.device.type) or rows.dtype, down.out_features)
 
     def run(
         self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]

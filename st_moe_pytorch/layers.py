@@ -124,11 +124,11 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_align(x) or looks(self.net) is None:
+        if not may_align(x) or type(self.net) is not nn.Sequential or looks(self.net) is None:
             return self.net(x)
-        down = self.net[-1]
+        last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
         for layer in self.net:
-            x = aligned_linear(x, layer, layer is not down) if isinstance(layer, nn.Linear) else layer(x)
+            x = aligned_linear(x, layer, layer not in last) if isinstance(layer, nn.Linear) else layer(x)
         return x
 
 

@@ -291,15 +291,15 @@ FAULTS = [
     Fault(
         "experts are told by the most frequent tokens",
         "tools/trace.py",
-        "above = self.counts - of_kind * self.load()",
+        "above = self.counts * self.counts.sum() - of_kind * self.counts.sum(0)",
         "above = self.counts",
         "test_trace.py::test_experts_are_told_by_what_they_get_above_their_share",
     ),
     Fault(
         "hidden units stand in rows as wide as they are",
         "aligned.py",
-        "y = a.new_empty(len(rows), width + -width % (CACHE_LINE // a.element_size()))[:, :width]",
-        "y = a.new_empty(len(rows), width)",
+        "padded = width + -width % (CACHE_LINE // a.element_size()) if is_aligned else width",
+        "padded = width",
         "test_aligned.py::test_hidden_units_and_their_gradients_begin_on_cache_lines",
     ),
     Fault(
@@ -312,14 +312,14 @@ FAULTS = [
     Fault(
         "second derivatives of aligned products are written where none can be followed",
         "aligned.py",
-        "if is_aligned and not may_be_derived(a, b):",
-        "if is_aligned:",
+        "if may_be_derived(a, b, bias):",
+        "if False:",
         "test_aligned.py::test_second_derivatives_are_those_of_the_called_modules",
     ),
     Fault(
         "hooks of linear layers are passed over",
         "layers.py",
-        "if not may_align(x) or looks(self.net) is None:",
+        "if not may_align(x) or type(self.net) is not nn.Sequential or looks(self.net) is None:",
         "if not may_align(x):",
         "test_aligned.py::test_layers_that_are_more_than_linear_are_called",
     ),

@@ -1,11 +1,14 @@
 """Linear layers with hidden units in aligned rows, against the same layers called as modules."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import assert_close
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from st_moe_pytorch import Expert, MoE, layers
 from st_moe_pytorch.aligned import CACHE_LINE, WORTH_ALIGNING, aligned_linear, may_align
@@ -169,3 +172,54 @@ def test_a_layer_of_many_tokens_equals_its_compiled_form():
     assert may_align(x)
     draws = torch.rand(1, 3 * ROWS, 2)
     assert_close(moe(x, draws=draws).outputs, torch.compile(moe, backend="eager")(x, draws=draws).outputs)
+
+
+def test_results_may_be_changed_in_place():
+    expert, x = expert_and_rows(hidden_mult=1.1)
+    y = expert(x)
+    y += x
+    got = torch.autograd.grad(y.sum(), x)[0]
+    assert_close(got, torch.autograd.grad((expert.net(x) + x).sum(), x)[0])
+    frozen = expert.requires_grad_(False)
+    residual = x * 1.0
+    residual += frozen(residual)
+    assert_close(torch.autograd.grad(residual.sum(), x)[0], got)
+
+
+def test_no_more_is_kept_than_by_the_called_modules():
+    for freeze in (False, True):
+        expert, x = expert_and_rows(hidden_mult=1.1, requires_grad=freeze)
+        expert.requires_grad_(not freeze)
+        kept = []
+        for module in (expert, expert.net):
+            shapes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, to=shapes: to.append(t.numel()) or t, lambda t: t):
+                y = module(x)
+            kept.append(sum(shapes))
+            y.sum().backward()
+        assert kept[0] <= kept[1]
+
+
+def test_exported_experts_take_any_number_of_tokens():
+    expert, x = expert_and_rows(requires_grad=False)
+    program = torch.export.export(expert, (x[:, :9].contiguous(),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+    assert_close(program.module()(x), expert(x))
+
+
+def test_selective_checkpoints_compute_no_product_again_that_they_keep():
+    def policy(context, operator, *inputs, **named):
+        is_product = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    expert, x = expert_and_rows(hidden_mult=1.1)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    expected = torch.autograd.grad(expert.net(x).sum(), x)[0]
+    y = checkpoint(expert, x, use_reentrant=False, context_fn=contexts)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_a_module_behind_the_last_linear_layer_gets_and_gives_plain_rows():
+    expert = Expert(100).eval()
+    expert.net.append(nn.Dropout(0.1))
+    assert expert(torch.randn(ROWS, 100)).is_contiguous()
+    assert Expert(DIM)(torch.randn(ROWS, DIM)).is_contiguous()

@@ -56,18 +56,16 @@ def test_transforms_are_noticed():
     assert not compat.is_transformed()
 
 
-def test_forward_mode_is_noticed():
-    assert not compat.is_derived_forward()
-    with torch.autograd.forward_ad.dual_level():
-        assert compat.is_derived_forward()
-
-
-def test_hooks_of_all_modules_are_noticed():
-    assert not compat.watches_modules()
+def test_hooks_of_all_modules_modes_of_operators_and_forward_mode_are_noticed():
+    assert not compat.is_watched()
     handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
-    assert compat.watches_modules()
+    assert compat.is_watched()
     handle.remove()
-    assert not compat.watches_modules()
+    assert not compat.is_watched()
+    with FakeTensorMode():
+        assert compat.is_watched()
+    with torch.autograd.forward_ad.dual_level():
+        assert compat.is_watched()
 
 
 def test_batches_are_told_from_other_transforms():

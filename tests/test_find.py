@@ -221,6 +221,26 @@ def test_parts_without_an_activation_are_refused():
     with pytest.raises(ValueError, match=r"name the activation too, got linear layers only, h.0.\S+, h.0.\S+: name it"):
         sparsify(model, ("h.*.intermediate.0", "h.*.output.dense"), moe)
     assert not swapped(model)
+    with pytest.raises(ValueError, match="name the activation too"):
+        feed_forwards(nn.ModuleDict({"a": nn.Sequential(nn.Linear(DIM, 32), nn.Dropout()), "b": Conv1D()}), ("a", "b"))
+
+
+class Conv1D(nn.Module):
+    """What transformers call a linear layer."""
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_linear_layers_that_do_more_are_parts_with_an_activation():
+    hooked = nn.Linear(DIM, 32)
+    hooked.register_forward_hook(lambda module, inputs, y: y.relu())
+    for first in (Activated(DIM, 32), hooked):
+        assert feed_forwards(nn.ModuleDict({"a": first, "b": nn.Linear(32, DIM)}), ("a", "b"))
+    layer = nn.TransformerEncoderLayer(DIM, 4, 32, activation=nn.Identity())
+    assert feed_forwards(nn.Sequential(layer), nn.TransformerEncoderLayer)
 
 
 def test_a_layer_in_place_of_a_function_that_builds_it_is_refused():

@@ -102,3 +102,23 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="traces must not be empty"):
         expert_page({}, [])
     assert trace([], {"a": []}, KINDS) == {}
+    with pytest.raises(ValueError, match="names must be those of 2 kinds, got 1"):
+        entropy_table({"a": Trace(torch.ones(2, 2, dtype=torch.int64))}, ["one"])
+
+
+def test_names_of_any_kind_leave_tables_whole():
+    even = Trace(torch.ones(3, 49, dtype=torch.int64))
+    assert even.top() == [[]] * 49  # nothing is above its share
+    table = entropy_table({"a|b": even}, ["x|y", "z\nz", "<script>"])
+    assert table.splitlines()[0] == "| layer | x\\|y | z z | &lt;script&gt; | uniform |"
+    assert table.splitlines()[2].startswith("| a\\|b | 3.89 |")
+    told = expert_table({"": Trace(torch.tensor([[9, 0], [9, 0], [0, 9]]))}, ["``<b>``", "", "x"])
+    assert "``` ``<b>`` ``` (100%), `  ` (100%)" in told
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    with record_routing(MoE(DIM, EXPERTS)) as records:
+        pass
+    assert records == {"": []}
+    layer = MoE(DIM, EXPERTS)
+    with record_routing(layer) as records:
+        layer(torch.randn(2, 0, DIM))
+    assert trace(nothing, records, KINDS)[""].counts.sum() == 0

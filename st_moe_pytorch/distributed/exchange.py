@@ -244,7 +244,8 @@ def run_over_ranks(
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
-    counts = offsets.long().diff(prepend=offsets.new_zeros(1, dtype=torch.int64))
+    counts = offsets.to(rows.device, torch.int64)
+    counts = counts.diff(prepend=counts.new_zeros(1))
     exchange = parallel.exchange(rows, counts, needs_grad, copies, promised)
     blocks = exchange.to_experts(rows)
     blocks[0], joined = parallel.join_replicas(blocks[0], copies)

@@ -17,7 +17,6 @@ from st_moe_pytorch.moe import MoE
 Where: TypeAlias = str | type[nn.Module] | tuple[str, ...] | tuple[type[nn.Module], ...]
 TORCH_LAYERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
-LINEAR = nn.Linear | nn.Dropout | nn.Identity
 BY_PARTS = (
     "If the model runs its parts one after another, name all of them, the activation too: where=(first, ..., last)"
 )
@@ -60,7 +59,8 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
     for feed_forward in found:
         _refuse_parts_of_torchs_layers(feed_forward, modules)
         _refuse_sparse(feed_forward, modules, where)
-        _refuse_linear(feed_forward)
+        if parts:
+            _refuse_linear(feed_forward)
     return found
 
 
@@ -153,11 +153,21 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
 
 def _refuse_linear(feed_forward: FeedForward) -> None:
     """Parts without the activation between them, which would act on the results of the sparse layer instead."""
-    if len(feed_forward.names) > 1 and all(isinstance(part, LINEAR) for part in feed_forward.module.children()):
+    if len(feed_forward.names) > 1 and all(map(_is_linear, feed_forward.module.children())):
         raise ValueError(
             f"where must name the activation too, got linear layers only, {feed_forward}: name it between them, as in "
             "('**.fc1', '**.activation_fn', '**.fc2'); if it is no module, swap the module that holds them all"
         )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is known to be linear, as layers with hooks or with a forward of their own are not."""
+    if has_hooks(module) or "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    is_known = isinstance(module, nn.Dropout | nn.Identity) or type(module).__name__ == "Conv1D"  # of transformers
+    return is_known or (type(module) is nn.Sequential and all(map(_is_linear, module)))
 
 
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:

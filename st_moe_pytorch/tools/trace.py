@@ -1,8 +1,10 @@
 """Which experts take which tokens (ST-MoE, section 7): counts by kind of token, and tables of them."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 import torch
@@ -45,7 +47,8 @@ class Trace:
                 wanted = f"an int64 tensor of shape {tuple(routing.kept.shape[:2])}, a number for each token"
                 got = f"{kind.dtype} of shape {tuple(kind.shape)}"
                 raise ValueError(f"kinds of call {number} must be {wanted}, got {got}")
-            if kind.max() >= num_kinds:
+            kind = kind.to(routing.indices.device)
+            if kind.numel() and kind.max() >= num_kinds:
                 raise ValueError(f"kinds must be below num_kinds={num_kinds}, got {int(kind.max())} in call {number}")
             is_counted = routing.kept & (kind >= 0).unsqueeze(-1)
             pairs = (kind.unsqueeze(-1) * routing.num_experts + routing.indices)[is_counted]
@@ -61,7 +64,7 @@ class Trace:
     def top(self, most: int = 8) -> list[list[Share]]:
         """For each expert, the kinds of which it got most above its share of all tokens, that first."""
         of_kind = self.counts.sum(1, keepdim=True)
-        above = self.counts - of_kind * self.load()
+        above = self.counts * self.counts.sum() - of_kind * self.counts.sum(0)
         found = []
         for expert, order in enumerate(above.argsort(dim=0, descending=True, stable=True)[:most].unbind(1)):
             kinds = [kind for kind in order.tolist() if above[kind, expert] > 0]
@@ -94,21 +97,29 @@ def expert_table(traces: Mapping[str, Trace], names: Sequence[str], most: int = 
 
     names: of the kinds, by number. In brackets stands which share of a kind's choices went to the expert.
     """
+    _check_names(traces, names)
     lines = ["| layer | expert | share | gets most, above its share |", "|---|---|---|---|"]
     for layer, traced in traces.items():
         for expert, (load, shares) in enumerate(zip(traced.load(), traced.top(most), strict=True)):
             told = ", ".join(f"{_code(names[share.kind])} ({share.of_kind:.0%})" for share in shares)
-            lines.append(f"| {layer or 'layer'} | {expert} | {float(load):.1%} | {told} |")
+            lines.append(f"| {_cell(layer)} | {expert} | {float(load):.1%} | {told} |")
     return "\n".join(lines)
 
 
 def entropy_table(traces: Mapping[str, Trace], names: Sequence[str]) -> str:
     """Markdown: entropy of every kind in every layer, in nats, beside that of tokens that go to any expert alike."""
-    lines = [f"| layer | {' | '.join(names)} | uniform |", "|---" * (len(names) + 2) + "|"]
+    _check_names(traces, names)
+    lines = [f"| layer | {' | '.join(map(_cell, names))} | uniform |", "|---" * (len(names) + 2) + "|"]
     for layer, traced in traces.items():
         cells = [f"{value:.2f}" for value in (*traced.entropy().tolist(), math.log(traced.counts.shape[1]))]
-        lines.append(f"| {layer or 'layer'} | {' | '.join(cells)} |")
+        lines.append(f"| {_cell(layer)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _check_names(traces: Mapping[str, Trace], names: Sequence[str]) -> None:
+    for traced in traces.values():
+        if len(names) != len(traced.counts):
+            raise ValueError(f"names must be those of {len(traced.counts)} kinds, got {len(names)}")
 
 
 def visible(name: str) -> str:
@@ -118,5 +129,11 @@ def visible(name: str) -> str:
 
 def _code(name: str) -> str:
     """A token as code in a cell of a table."""
-    quotes, space = ("``", " ") if "`" in name else ("`", "")
+    runs = [len(run) for run in re.findall("`+", name)]
+    quotes, space = "`" * (1 + max(runs, default=0)), " " if runs or not name else ""
     return f"{quotes}{space}{visible(name)}{space}{quotes}".replace("|", "\\|")
+
+
+def _cell(name: str) -> str:
+    """A name in a cell of a table, of which it is one."""
+    return escape(name).replace("|", "\\|").replace("\n", " ") or "layer"
