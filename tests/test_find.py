@@ -170,7 +170,7 @@ def model_of(module):
 REFUSED = {
     "half": (
         nn.Linear(DIM, 32),
-        r"layer.mlp maps a width of 16 to 32. If .* name all of them, the activation too: where=\(first, ..., last\)",
+        r"layer.mlp maps a width of 16 to 32. If .* name all, the activation too: where=\(first, ..., last\)",
     ),
     "two inputs": (
         Two(),

@@ -17,9 +17,7 @@ from st_moe_pytorch.moe import MoE
 Where: TypeAlias = str | type[nn.Module] | tuple[str, ...] | tuple[type[nn.Module], ...]
 TORCH_LAYERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 TORCH_PARTS = ("linear1", "activation", "dropout", "linear2")
-BY_PARTS = (
-    "If the model runs its parts one after another, name all of them, the activation too: where=(first, ..., last)"
-)
+PARTS = ". If the model runs its parts one after another, name all, the activation too: where=(first, ..., last)"
 
 
 class FeedForward(NamedTuple):
@@ -162,12 +160,10 @@ def _refuse_linear(feed_forward: FeedForward) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is known to be linear, as layers with hooks or with a forward of their own are not."""
-    if has_hooks(module) or "forward" in vars(module):
-        return False
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
+    is_plain = not has_hooks(module) and "forward" not in vars(module)
     is_known = isinstance(module, nn.Dropout | nn.Identity) or type(module).__name__ == "Conv1D"  # of transformers
-    return is_known or (type(module) is nn.Sequential and all(map(_is_linear, module)))
+    is_known = is_known or type(module).forward is nn.Linear.forward
+    return is_plain and (is_known or (type(module) is nn.Sequential and all(map(_is_linear, module))))
 
 
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
@@ -180,8 +176,7 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
         and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(needed) > 1:
-        takes = f"{feed_forward} takes {', '.join(needed)}"
-        raise ValueError(f"where must match modules of one input, but {takes}. {BY_PARTS}")
+        raise ValueError(f"where must match modules of one input, but {feed_forward} takes {', '.join(needed)}{PARTS}")
     if any(has_hooks(part) for part in module.modules()):
         return  # which may do anything with a tensor that has no data
     tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
@@ -197,8 +192,7 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
         )
     if y.shape != (1, 2, dim):
         raise ValueError(
-            f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}. "
-            f"{BY_PARTS}"
+            f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}{PARTS}"
         )
 
 

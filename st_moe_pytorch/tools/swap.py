@@ -168,8 +168,7 @@ def sparsify(model: M, where: Where, make: Callable[[nn.Module], MoE | SparseMoE
     says by name in its first forward.
     """
     if isinstance(make, nn.Module | type):
-        way = "lambda ffn: MoE.from_dense(ffn, dim=..., num_experts=...)"
-        raise ValueError(f"make must be a function that builds a layer for each feed-forward, such as {way}")
+        raise ValueError("make must be a function that builds a layer for each feed-forward, not a layer or a class")
     found = feed_forwards(model, where)
     if not found:
         raise ValueError(f"where must match modules of the model, got {where!r}; there are {nearest(model, where)}")

@@ -117,9 +117,8 @@ def entropy_table(traces: Mapping[str, Trace], names: Sequence[str]) -> str:
 
 
 def _check_names(traces: Mapping[str, Trace], names: Sequence[str]) -> None:
-    for traced in traces.values():
-        if len(names) != len(traced.counts):
-            raise ValueError(f"names must be those of {len(traced.counts)} kinds, got {len(names)}")
+    if others := [len(traced.counts) for traced in traces.values() if len(traced.counts) != len(names)]:
+        raise ValueError(f"names must be those of {others[0]} kinds, got {len(names)}")
 
 
 def visible(name: str) -> str:
