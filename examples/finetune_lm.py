@@ -8,6 +8,7 @@ a few C++ headers that PyTorch ships, and evaluated on others of them: a task so
 a file in --out, and a run that is there is not repeated. Prints tables and draws finetuning.png.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -117,10 +118,7 @@ def tune(change: dict, seed: int, settings: FineTuning) -> dict:
     optimizers = [adamw(model, tuning.lr)]
     for step in range(steps):
         batch = *training_batch(text, step, tuning), routing_draws(step, tuning)
-        if change["model"] == "dense":
-            bits.append(update(model, optimizers, batch, learning_rate(step, tuning), tuning))
-            continue
-        with record_routing(model) as routings:
+        with nullcontext({}) if change["model"] == "dense" else record_routing(model) as routings:
             bits.append(update(model, optimizers, batch, learning_rate(step, tuning), tuning))
         dropped += [layer.scalars()["dropped"] for layer in routing_stats(routings).values()]
     return {

@@ -32,7 +32,12 @@ def results(function: Callable[..., dict], wanted: Sequence[Run], out: Path, job
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{run.name.replace(', ', ' ').replace(' ', '-')}.json" for run in wanted]
-    missing = [place for place, path in enumerate(paths) if not path.exists()]
+    missing = []
+    for place, path in enumerate(paths):
+        if path.exists():
+            _read(path, wanted[place])  # whose settings may be others, which is to be known before anything runs
+        else:
+            missing.append(place)
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="run", disable=not missing) as progress,

@@ -27,6 +27,15 @@ def test_geglu_and_norm_are_their_equations():
     assert_close(norm(x), x / x.square().mean(-1, keepdim=True).sqrt() * norm.gamma)
 
 
+@pytest.mark.parametrize("tokens", [3, 70_000])
+def test_results_of_geglu_have_the_dtype_of_its_input(tokens):
+    geglu = GEGLU(4)
+    z = torch.randn(tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    geglu(z).float().sum().backward()
+    assert geglu(z).dtype == z.grad.dtype == torch.bfloat16
+    assert geglu.mult_bias.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("dim", "mult", "hidden"), [(32, 4, 85), (512, 4, 1365), (6, 1, 4), (10, 2.5, 16)])
 def test_hidden_width(dim, mult, hidden):
     expert = Expert(dim, hidden_mult=mult)

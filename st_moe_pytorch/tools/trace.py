@@ -102,7 +102,7 @@ def expert_table(traces: Mapping[str, Trace], names: Sequence[str], most: int = 
     for layer, traced in traces.items():
         for expert, (load, shares) in enumerate(zip(traced.load(), traced.top(most), strict=True)):
             told = ", ".join(f"{_code(names[share.kind])} ({share.of_kind:.0%})" for share in shares)
-            lines.append(f"| {_cell(layer)} | {expert} | {float(load):.1%} | {told} |")
+            lines.append(f"| {_cell(layer or 'layer')} | {expert} | {float(load):.1%} | {told} |")
     return "\n".join(lines)
 
 
@@ -112,7 +112,7 @@ def entropy_table(traces: Mapping[str, Trace], names: Sequence[str]) -> str:
     lines = [f"| layer | {' | '.join(map(_cell, names))} | uniform |", "|---" * (len(names) + 2) + "|"]
     for layer, traced in traces.items():
         cells = [f"{value:.2f}" for value in (*traced.entropy().tolist(), math.log(traced.counts.shape[1]))]
-        lines.append(f"| {_cell(layer)} | {' | '.join(cells)} |")
+        lines.append(f"| {_cell(layer or 'layer')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -135,4 +135,4 @@ def _code(name: str) -> str:
 
 def _cell(name: str) -> str:
     """A name in a cell of a table, of which it is one."""
-    return escape(name).replace("|", "\\|").replace("\n", " ") or "layer"
+    return escape(name).replace("|", "\\|").replace("\n", " ")
