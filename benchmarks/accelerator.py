@@ -92,11 +92,15 @@ class Clock:
 
 
 def layer(work: Work, plain: bool) -> MoE:
-    """A layer that asks for all choices and drops none, as transformers' experts; plain: without what those lack."""
+    """A layer that asks for all choices and drops none, as transformers' experts; plain: without what those lack.
+
+    That is biases, `mult_bias` and gradients of the gates through the dispatched tokens.
+    """
     mult = work.hidden * 1.5 / work.dim + 1e-6
     experts = [Expert(work.dim, mult, mult_bias=not plain, bias=not plain) for _ in range(work.experts)]
     gate = TopNGating(work.dim, work.experts, top_n=work.k, capacity_factor_train=None, capacity_factor_eval=None)
     gate.policy_train = gate.policy_eval = "all"
+    gate.straight_through_dispatch_tensor = not plain
     return MoE(work.dim, work.experts, experts=experts, gate=gate)
 
 
@@ -142,13 +146,14 @@ def matrix_products(work: Work, x: Tensor) -> Callable[[], object]:
 def training(model: Any, x: Tensor) -> Callable[[], object]:
     """One forward and backward of a model that returns outputs, or outputs and a loss."""
     cotangent = torch.randn_like(x)
+    inputs = [x, *model.parameters()]
 
     def step() -> None:
         results = model(x)
         outputs, *losses = results if isinstance(results, tuple) else (results,)
-        ((outputs * cotangent).sum() + (losses[0] if losses else 0.0)).backward()
-        model.zero_grad(set_to_none=True)
-        x.grad = None
+        torch.autograd.backward([outputs, *losses[:1]], [cotangent, *(torch.ones_like(loss) for loss in losses[:1])])
+        for t in inputs:
+            t.grad = None
 
     return step
 
@@ -157,7 +162,7 @@ def contenders(work: Work, compiled: bool) -> dict[str, Callable[[], nn.Module]]
     """How to build each, by name."""
     found: dict[str, Callable[[], nn.Module]] = {
         "layer": lambda: layer(work, plain=False),
-        "layer without biases": lambda: layer(work, plain=True),
+        "plain layer": lambda: layer(work, plain=True),
     }
     try:
         import transformers

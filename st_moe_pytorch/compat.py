@@ -61,15 +61,28 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(*inputs: Any) -> Any:
-        return (_compiled(function) if _is_fused(inputs[0]) else function)(*inputs)
+        if torch.compiler.is_compiling() or not is_fused(inputs[0]):
+            return function(*inputs)
+        return _compiled(function)(*(_with_fixed_widths(t) if isinstance(t, Tensor) else t for t in inputs))
 
     return run
 
 
-def _is_fused(t: Tensor) -> bool:
+def is_fused(t: Tensor) -> bool:
+    """Whether a function of this tensor, and others, takes few kernels if it is `fused`, or in compiled code."""
+    if torch.compiler.is_compiling():
+        return t.device.type != "cpu"
     if not t.is_cuda or torch.is_grad_enabled() or may_be_derived(t) or is_fake(t):
         return False
     return t.numel() >= WORTH_FUSING and has_triton()
+
+
+def _with_fixed_widths(t: Tensor) -> Tensor:
+    """Compiled for its widths, but for any number of rows: divisions by numbers that vary may double a kernel's time."""
+    t = t.detach()
+    for dim in range(1, t.ndim):
+        torch._dynamo.mark_static(t, dim)
+    return t
 
 
 @cache
@@ -102,8 +115,9 @@ def with_known_signature(function: F) -> F:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(len, hooks))
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_watched() -> bool:

@@ -1,6 +1,6 @@
 """The experts of a layer. Axes: b groups, n tokens or slots, d width, e experts, t rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,8 +17,8 @@ from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
-from st_moe_pytorch.grouped import grouped_linear
-from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, looks
+from st_moe_pytorch.grouped import grouped_linear, has_kernel, put_side_by_side
+from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, is_like, is_plain
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
 
@@ -60,6 +60,7 @@ class Experts(nn.Module):
         self.channel = Channel("Experts", None if process_group is None else process_group.group_name)
         self.parallel: ExpertParallel | None = None
         self.dummy = nn.Buffer(torch.ones(1), persistent=False)
+        self.flatten_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.dummy)
@@ -90,6 +91,24 @@ class Experts(nn.Module):
         y = run_shared(self.experts, rows, ends) if shared else eager(self._run_rows)(rows, ends, parallel)
         return rearrange(y, "(e b n) d -> b e n d", b=b, e=e, n=n)
 
+    def flatten_parameters(self) -> None:
+        """Put the matrices of experts that share one kernel in a row in memory, where it reads them without a copy.
+
+        As torch.nn.RNN, layers do so themselves when they come to a GPU in bfloat16. Parameters stay what and in whose
+        modules they are. Call it after what gives them memory of their own, such as deepcopy or
+        ``load_state_dict(assign=True)``.
+        """
+        experts = [expert for expert in self.experts if expert is not None]
+        if experts and are_alike(experts) and has_kernel(next(experts[0].parameters()), len(experts)):
+            for layers in zip(*(expert.net for expert in experts), strict=True):
+                if isinstance(layers[0], nn.Linear):
+                    put_side_by_side([layer.weight for layer in layers])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return self
+
     def shard(self, parallel: ExpertParallel) -> None:
         """Keep only the experts that this rank computes, under their numbers; the others become None.
 
@@ -100,6 +119,7 @@ class Experts(nn.Module):
                 self.experts.add_module(str(number), None)
         self.parallel = parallel
         self.is_distributed = True
+        self.flatten_parameters()
 
     def layout(self, routing: Routing) -> Layout:
         """How experts want a routing's tokens: in rows or, where only a look at data tells these apart, in slots."""
@@ -225,10 +245,10 @@ def may_share_products(t: Tensor) -> bool:
     return t.device.type != "cpu" or is_blind(t)
 
 
-def are_alike(experts: nn.ModuleList) -> bool:
+def are_alike(experts: Iterable[nn.Module]) -> bool:
     """Whether all are `Expert`s of one shape and mode, with nothing put around them, onto them or into them."""
-    first, *others = (looks(expert) for expert in experts)
-    return first is not None and type(experts[0]) is Expert and all(other == first for other in others)
+    first, *others = experts
+    return type(first) is Expert and is_plain(first) and all(is_like(other, first) for other in others)
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -2,33 +2,35 @@
 
 Axes: e experts, t rows, i and o widths.
 
-``grouped_linear`` takes lists of the experts' own parameters: they stay where they are, in their modules. It is made of
-operators of torch, so that code around it compiles and exports to one graph for every dtype, whose size does not grow
+Two operators of torch, one for each direction, take lists of the experts' own parameters: they stay where they are, in
+their modules, and code around the operators compiles and exports to one graph for every dtype, whose size does not grow
 with the experts.
 
-On CUDA, bfloat16 goes through one kernel (`torch.nn.functional.grouped_mm`) that needs no look at the offsets on GPUs
-that have it, and one copy of the matrices, which is kept for the backward pass. Every other dtype on an accelerator
-takes a product for each expert and waits for the offsets, once each way.
+On CUDA, bfloat16 goes through one kernel (`torch.nn.functional.grouped_mm`), which needs no look at the offsets on GPUs
+that have it. It reads all matrices from one tensor: a copy of them, unless they stand side by side in memory. All else
+takes a product for each expert and looks at the offsets, once each way, which an accelerator has to be waited for.
 """
 
-# pyright: reportIncompatibleMethodOverride=false
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.compat import copy_each, fused
-from st_moe_pytorch.looped import looped_linear
 
 MOST_GROUPS = 1023  # of CUDA's kernel
 ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multiples of
 
 
+def has_kernel(t: Tensor, num_experts: int) -> bool:
+    """Whether one kernel multiplies such tensors of that many experts."""
+    return t.device.type == "cuda" and t.dtype == torch.bfloat16 and num_experts <= MOST_GROUPS
+
+
+@torch.library.custom_op("st_moe_pytorch::grouped_linear", mutates_args=())
 def grouped_linear(
     rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor
 ) -> Tensor:
@@ -41,121 +43,197 @@ def grouped_linear(
 
     Twice differentiable, in rows and parameters. Experts without rows get gradients of zero.
     """
-    if not _has_kernel(rows, offsets):
-        return looped_linear(rows, weights, biases, scales, offsets)
-    matrices = stacked(weights, rows.dtype)
-    if scales:
-        matrices = matrices * stacked(scales, rows.dtype).unsqueeze(1)
-    y, width = grouped_product(_aligned(rows), matrices, offsets), len(weights[0])
-    y = y if y.shape[1] == width else y[:, :width]
-    return _AddBias.apply(y, stacked(biases, rows.dtype)[:, :width], offsets) if biases else y
-
-
-def _has_kernel(rows: Tensor, offsets: Tensor) -> bool:
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and len(offsets) <= MOST_GROUPS
-
-
-@torch.library.custom_op("st_moe_pytorch::stacked", mutates_args=())
-def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(e ...), copied and cast in one pass, the other axes padded with zeros to aligned sizes."""
-    buffer = _empty_stack(tensors, dtype)
-    if buffer.shape[1:] != tensors[0].shape:
-        buffer.zero_()
-    copy_each(buffer[(slice(None), *map(slice, tensors[0].shape))], tensors)
-    return buffer
-
-
-@stacked.register_fake
-def _empty_stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(len(tensors), *(size + -size % ALIGNMENT for size in tensors[0].shape), dtype=dtype)
-
-
-def _keep_shape(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.shape, ctx.dtype = inputs[0][0].shape, inputs[0][0].dtype
-
-
-def _unstacked(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Views of one buffer, which become the parameters' gradients without a copy where sizes are aligned."""
-    return list(grad[(slice(None), *map(slice, ctx.shape))].to(ctx.dtype).contiguous().unbind()), None
-
-
-stacked.register_autograd(_unstacked, setup_context=_keep_shape)
-
-
-@torch.library.custom_op("st_moe_pytorch::grouped_product", mutates_args=())
-def grouped_product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """``rows @ matrices[j].T`` for the rows of each expert j: (t i), (e o i) -> (t o), all sizes aligned.
-
-    The last row gives zero if it is nobody's.
-    """
-    y = F.grouped_mm(rows, matrices.transpose(1, 2), offs=offsets)
-    y[-1:].masked_fill_(offsets[-1] < len(y), 0.0)
+    if has_kernel(rows, len(weights)):
+        y = F.grouped_mm(_aligned(rows), _scaled_stack(weights, scales, rows.dtype)[0].transpose(1, 2), offs=offsets)
+        y = y[:, : len(weights[0])].contiguous()
+        return _without_last(_add_bias(y, _stack(biases, y.dtype)[:, : y.shape[1]], offsets) if biases else y, offsets)
+    y = _empty_result(rows, weights)
+    for j, block in _blocks(offsets):
+        matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
+        if biases:
+            torch.addmm(biases[j].to(y.dtype), inputs, matrix, out=y[block])
+        else:
+            torch.mm(inputs, matrix, out=y[block])
+    y[_end(offsets) :] = 0
     return y
 
 
-@grouped_product.register_fake
-def _empty_product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], matrices.shape[1])
+@torch.library.custom_op("st_moe_pytorch::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Tensor,
+    of_parameters: bool,
+    of_biases: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows (t i), weights (e o i), biases (e o), scales (e i), those that are not asked for empty."""
+    found = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters, of_biases)
+    if has_kernel(rows, len(weights)):
+        return _gradients_by_kernel(grad, rows, weights, scales, offsets, *found)
+    drows, dweights, dbiases, dscales = found
+    for j, block in _blocks(offsets):
+        torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
+        if of_parameters:
+            torch.mm(grad[block].t(), _scaled(rows[block], scales, j), out=dweights[j])
+        if of_biases:
+            torch.sum(grad[block], 0, out=dbiases[j])
+        if scales:
+            if of_parameters:
+                torch.sum(drows[block] * rows[block], 0, out=dscales[j])
+            drows[block] *= scales[j].to(rows.dtype)
+    drows[_end(offsets) :] = 0
+    return found
 
 
-@torch.library.custom_op("st_moe_pytorch::grouped_outer", mutates_args=())
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+@grouped_linear.register_fake
+def _empty_result(rows: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights[0].shape[0])
+
+
+@grouped_linear_backward.register_fake
+def _empty_gradients(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Tensor,
+    of_parameters: bool,
+    of_biases: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    e, (out, into) = len(weights), weights[0].shape
+    return (
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+        grad.new_empty(e if of_parameters else 0, out, into),
+        grad.new_empty(e if of_biases else 0, out),
+        grad.new_empty(e if of_parameters and scales else 0, into),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, biases, scales, offsets = inputs
+    ctx.num_experts, ctx.num_biases = len(weights), len(biases)
+    ctx.of_parameters = any(t.requires_grad for t in (*weights, *scales))
+    ctx.of_biases = any(t.requires_grad for t in biases)
+    ctx.save_for_backward(rows, offsets, *weights, *scales)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, offsets, *parameters = ctx.saved_tensors
+    weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
+    asked = ctx.of_parameters, ctx.of_biases
+    drows, *others = grouped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, *asked)
+    # views of one buffer each, which become the parameters' gradients without a copy
+    dweights, dbiases, dscales = (list(t.to(weights[0].dtype).unbind()) for t in others)
+    lengths = len(weights), ctx.num_biases, len(scales)
+    return drows, *(t or [None] * n for t, n in zip((dweights, dbiases, dscales), lengths, strict=True)), None
+
+
+def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, rows, weights, scales, offsets, *_ = inputs
+    ctx.num_experts = len(weights)
+    ctx.save_for_backward(grad, rows, offsets, *weights, *scales)
+
+
+def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> tuple[Any, ...]:
+    """Gradients of ``<drows, u> + <dweights, v> + <dbiases, c> + <dscales, q>``, as sums of the same two operators."""
+    grad, rows, offsets, *parameters = ctx.saved_tensors
+    weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
+    nothing = [weights[0].new_zeros(weights[0].shape)] * len(weights)
+
+    def gradients(rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return grouped_linear_backward(grad, rows, weights, scales, offsets, True, False)
+
+    dgrad = grouped_linear(u, weights, [], scales, offsets)
+    _, dweights, _, dscales = gradients(u, weights, scales)
+    drows = torch.zeros_like(rows)
+    if len(v) or len(c):
+        v = v.unbind() if len(v) else nothing
+        dgrad = dgrad + grouped_linear(rows, v, c.unbind(), scales, offsets)
+        drows, _, _, more = gradients(rows, v, scales)
+        dscales = dscales + more
+    if len(q):
+        dgrad = dgrad + grouped_linear(rows, weights, [], q.unbind(), offsets)
+        more, more_weights, _, _ = gradients(rows, weights, q.unbind())
+        drows, dweights = drows + more, dweights + more_weights
+    dweights, dscales = (list(t.to(weights[0].dtype).unbind()) for t in (dweights, dscales))
+    return dgrad, drows, dweights, dscales, None, None, None
+
+
+grouped_linear.register_autograd(_gradients, setup_context=_keep)
+grouped_linear_backward.register_autograd(_second_gradients, setup_context=_keep_for_second)
+
+
+@register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear)
+def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """Of all rows, since how many belong to an expert is not known without a look at the data."""
+    return 2 * rows[0] * weights[0][0] * weights[0][1]
+
+
+@register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
+def _flops_of_gradients(grad: Any, rows: Any, weights: Any, scales: Any, offsets: Any, both: bool, *_: Any, **__: Any):
+    return _flops(rows, weights) * (2 if both else 1)
+
+
+def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Every expert and the slice of its rows."""
+    ends = offsets.tolist()
+    return enumerate(map(slice, [0, *ends], ends))
+
+
+def _end(offsets: Tensor) -> int:
+    return int(offsets[-1])
+
+
+def _scaled(rows: Tensor, scales: Sequence[Tensor], j: int) -> Tensor:
+    return rows * scales[j].to(rows.dtype) if scales else rows
+
+
+def _gradients_by_kernel(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Tensor,
+    drows: Tensor,
+    dweights: Tensor,
+    dbiases: Tensor,
+    dscales: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As of `grouped_linear_backward`, in place of those that are not empty."""
+    out, into = weights[0].shape
+    grad, rows = _aligned(grad), _aligned(rows)
+    matrices, unscaled = _scaled_stack(weights, scales, rows.dtype)
+    drows = _without_last(F.grouped_mm(grad, matrices, offs=offsets)[:, :into].contiguous(), offsets)
+    if len(dweights):
+        dweights = _outer(grad, rows, offsets)
+        if scales:
+            dweights, dscales = _gradients_of_scaled(dweights, unscaled, _stack(scales, rows.dtype))
+        dweights, dscales = dweights[:, :out, :into].contiguous(), dscales[:, :into].contiguous()
+    if len(dbiases):
+        dbiases = _outer(grad, rows.new_ones(len(rows), ALIGNMENT), offsets)[:, :out, 0].contiguous()
+    return drows, dweights, dbiases, dscales
+
+
+def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """``left.T @ right`` of the rows of each expert: (t o), (t i) -> (e o i), zero for those without rows."""
-    return _with_zeros(F.grouped_mm(left.t(), right, offs=offsets), offsets)
+    products = F.grouped_mm(left.t(), right, offs=offsets)
+    if not _writes_zeros(left):
+        is_empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        products.masked_fill_(is_empty.view(-1, 1, 1), 0.0)
+    return products
 
 
-@fused
-def _with_zeros(products: Tensor, offsets: Tensor) -> Tensor:
-    """Of experts without rows, which the kernel of some GPUs leaves unwritten."""
-    is_empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-    return products.masked_fill_(is_empty.view(-1, 1, 1), 0.0)
+def _writes_zeros(t: Tensor) -> bool:
+    """Whether the kernel gives experts without rows their zeros: Hopper's does, Blackwell's leaves them unwritten."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] == 9
 
 
-@grouped_outer.register_fake
-def _empty_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    return left.new_empty(len(offsets), left.shape[1], right.shape[1])
-
-
-def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rows, matrices, offsets = ctx.saved_tensors
-    grad = grad.contiguous()
-    dmatrices = grouped_outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
-    return grouped_product(grad, matrices.transpose(1, 2), offsets), dmatrices, None
-
-
-def _outer_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    left, right, offsets = ctx.saved_tensors
-    return grouped_product(right, grad, offsets), grouped_product(left, grad.transpose(1, 2), offsets), None
-
-
-grouped_product.register_autograd(_product_gradients, setup_context=_keep_all)
-grouped_outer.register_autograd(_outer_gradients, setup_context=_keep_all)
-
-
-@register_flop_formula([torch.ops.st_moe_pytorch.grouped_product, torch.ops.st_moe_pytorch.grouped_outer])
-def _flops_of_products(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-class _AddBias(Function):
-    """Rows y (t o), each plus its expert's own bias (e o); nobody's rows as they are."""
-
-    @staticmethod
-    def forward(y: Tensor, biases: Tensor, offsets: Tensor) -> Tensor:
-        return _add_bias(y, biases, offsets)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        ones = grad.new_ones(len(grad), ALIGNMENT)
-        return grad, grouped_outer(_aligned(grad), ones, *ctx.saved_tensors)[:, : grad.shape[1], 0], None
+def _without_last(y: Tensor, offsets: Tensor) -> Tensor:
+    """y with zeros in the last row, if it is nobody's."""
+    y[-1:].masked_fill_(offsets[-1] < len(y), 0.0)
+    return y
 
 
 @fused
@@ -164,6 +242,52 @@ def _add_bias(y: Tensor, biases: Tensor, offsets: Tensor) -> Tensor:
     return y + F.pad(biases, (0, 0, 0, 1)).index_select(0, owners)
 
 
+@fused
+def _times(matrices: Tensor, scales: Tensor) -> Tensor:
+    return matrices * scales.unsqueeze(1)
+
+
+@fused
+def _gradients_of_scaled(grad: Tensor, matrices: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return grad * scales.unsqueeze(1), (grad * matrices).sum(1)
+
+
+def _scaled_stack(weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrices (e o i) of aligned sizes, times the scales of their columns, and without them."""
+    matrices = side_by_side(weights) if weights[0].dtype == dtype else None
+    matrices = _stack(weights, dtype) if matrices is None else matrices
+    return _times(matrices, _stack(scales, dtype)) if scales else matrices, matrices
+
+
+def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(e ...), copied and cast in one pass, the other axes padded with zeros to aligned sizes."""
+    shape = tensors[0].shape
+    stack = tensors[0].new_empty(len(tensors), *(size + -size % ALIGNMENT for size in shape), dtype=dtype)
+    if stack.shape[1:] != shape:
+        stack.zero_()
+    copy_each(stack[(slice(None), *map(slice, shape))], tensors)
+    return stack
+
+
 def _aligned(rows: Tensor) -> Tensor:
     rest = -rows.shape[1] % ALIGNMENT
     return (F.pad(rows, (0, rest)) if rest else rows).contiguous()
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The tensors as one (e ...), without a copy, if memory holds them in a row, aligned, and nothing else."""
+    first = tensors[0]
+    start, size = first.untyped_storage().data_ptr(), first.numel() * first.element_size()
+    if first.untyped_storage().nbytes() != len(tensors) * size or any(n % ALIGNMENT for n in first.shape):
+        return None
+    if any(not t.is_contiguous() or t.data_ptr() != start + i * size for i, t in enumerate(tensors)):
+        return None
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+@torch.no_grad()
+def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    """Move parameters of one shape, dtype and device to where `side_by_side` finds them."""
+    if side_by_side(parameters) is None and len(set(parameters)) == len(parameters):
+        for parameter, place in zip(parameters, torch.stack(list(parameters)), strict=True):
+            parameter.data = place

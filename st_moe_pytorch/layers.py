@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from st_moe_pytorch.aligned import aligned_linear, may_align
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import contents, fused, has_hooks, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, may_be_derived, with_known_signature
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
@@ -124,7 +124,7 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_align(x) or type(self.net) is not nn.Sequential or looks(self.net) is None:
+        if not may_align(x) or type(self.net) is not nn.Sequential or not is_plain(self.net):
             return self.net(x)
         last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
         for layer in self.net:
@@ -150,6 +150,13 @@ def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
 
 
 @fused
+def _write_gradients(grad: Tensor, z: Tensor, dx: Tensor, dgate: Tensor) -> None:
+    """Gradients of gated_gelu(z) without a factor into the halves dx and dgate of one tensor, in one kernel."""
+    x, gate = z.chunk(2, dim=-1)
+    dx.copy_(F.gelu(gate) * grad)
+    dgate.copy_(torch.ops.aten.gelu_backward(grad * x, gate))
+
+
 def _gradients_of_gated_gelu(
     grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -185,10 +192,13 @@ class _GatedGELU(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         z, *factor = ctx.saved_tensors
-        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype or grad.is_cuda:
+        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype:
             return _gradients_of_gated_gelu(grad, z, factor, ctx.needs_input_grad[1])
-        x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, ctx.needs_input_grad[1])
         dz = torch.empty_like(z)  # written in place, for less memory
+        if is_fused(grad) and not factor:
+            _write_gradients(grad, z, *dz.chunk(2, dim=-1))
+            return dz, None
+        x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, ctx.needs_input_grad[1])
         torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
         torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
         return dz, dbias
@@ -209,17 +219,31 @@ class _GatedGELU(Function):
 PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
-def looks(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a plain module computes but for its parameters' values; None for any other. Asked for in every forward."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes nothing but what its class and parameters say, and so do those in it."""
     children, parameters = contents(module)
     if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
-        return None
-    own = [(name, p) if p is None else (name, p.shape, p.dtype, p.device) for name, p in parameters.items()]
-    parts = [(name, looks(child)) for name, child in children.items()]
-    is_plain = all(type(p) in (nn.Parameter, NoneType) for p in parameters.values())
-    if not is_plain or any(part is None for _, part in parts):
-        return None
-    return type(module), module.training, getattr(module, "p", None), own, parts
+        return False
+    return all(type(p) in (nn.Parameter, NoneType) for p in parameters.values()) and all(map(is_plain, children.values()))
+
+
+def is_like(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether a module computes what a plain one does but for its parameters' values. Asked for in every forward."""
+    own, others = vars(module), vars(plain)
+    if type(module) is not type(plain) or own["training"] != others["training"] or own.get("p") != others.get("p"):
+        return False
+    if "forward" in own or has_hooks(module):
+        return False
+    (children, parameters), (models, wanted) = contents(module), contents(plain)
+    if len(children) != len(models) or not all(map(is_like, children.values(), models.values())):
+        return False
+    return len(parameters) == len(wanted) and all(map(_are_alike, parameters.values(), wanted.values()))
+
+
+def _are_alike(p: nn.Parameter | None, wanted: nn.Parameter | None) -> bool:
+    if p is None or wanted is None:
+        return p is wanted
+    return type(p) is nn.Parameter and (p.shape, p.dtype, p.device) == (wanted.shape, wanted.dtype, wanted.device)
 
 
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.compat import fused, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import fused, is_fused, may_be_derived, with_known_signature
 
 
 class Layout(NamedTuple):
@@ -92,23 +92,22 @@ def _inverse(numbers: Tensor, size: int, missing: int) -> Tensor:
     return numbers.new_full((size + 1,), missing).scatter(0, numbers, places)[:-1]
 
 
-def gather(x: Tensor, layout: Layout) -> Tensor:
+def gather(x: Tensor, layout: Layout, gates: Tensor | None = None) -> Tensor:
     """Tokens x (N d) -> rows (t d), the last one zero.
 
-    Adjoint: each token sums the gradients of its rows, in order of choices.
+    With the gates (N k) of their choices, rows have the derivatives that they would if each were scaled by
+    ``1 + (g - stop_gradient(g))``. Adjoint: each token sums the gradients of its rows, in order of choices.
     """
-    rows = _gather(x, layout.tokens, layout.choices, layout.places)
+    rows = _gather(x, gates, layout.tokens, layout.choices, layout.places)
     return rows if layout.empty is None else rows.masked_fill(layout.empty.unsqueeze(-1), 0.0)
 
 
-def straight_through(rows: Tensor, gates: Tensor, layout: Layout) -> Tensor:
-    """Rows (t d) themselves, as if scaled by ``1 + (g - stop_gradient(g))`` with the gates (N k) of their choices."""
-    return _straight_through(rows, gates, layout.choices, layout.places)
+def weighted_sum(y: Tensor, gates: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows y (t d') and gates (N k) -> tokens (N d'): sums of their choices' rows times gates.
 
-
-def weighted_sum(y: Tensor, gates: Tensor, layout: Layout) -> Tensor:
-    """Rows y (t d') and gates (N k) -> tokens (N d') in the wider dtype: sums of their choices' rows times gates."""
-    return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places)
+    They are summed in the wider dtype of both, and given in that one or another.
+    """
+    return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places, dtype)
 
 
 # Each function has a twin for eager mode with a derivative of forward mode, which torch.compile does not trace.
@@ -119,7 +118,7 @@ class _Gather(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
+    def forward(x: Tensor, gates: Tensor | None, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_zeros(tokens.shape[0], x.shape[1])
         rows = x.index_select(0, tokens)
@@ -127,108 +126,103 @@ class _Gather(Function):
         return rows
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, gates, *table = inputs
+        ctx.save_for_backward(*((None, None) if gates is None else (x, output)), gates, *table)
+        ctx.save_for_forward(None if gates is None else x, None, gates, *table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        tokens, choices, places = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, rows, gates, *table = ctx.saved_tensors
+        places = table[-1]
         is_sent = (places < grad.shape[0] - 1).to(grad.dtype)
-        return _sum_choices(grad, is_sent, tokens, choices, places), None, None, None
+        if gates is None or not ctx.needs_input_grad[1]:
+            return _sum_choices(grad, is_sent, *table), None, None, None, None
+        if _is_last(grad, x, gates) and is_fused(grad) and places.shape[1] <= MOST_UNROLLED:
+            return *_gradients_of_gather(grad, x, is_sent, places), None, None, None
+        if not _is_last(grad, x, gates):
+            rows, is_sent = _gather(x, None, *table), is_sent * (1 + (gates - gates.detach()))
+        dgates = _at_places(torch.linalg.vecdot(grad, rows).to(gates.dtype), places)
+        return _sum_choices(grad, is_sent, *table).to(grad.dtype), dgates, None, None, None
 
 
 class _EagerGather(_Gather):
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        return _gather(dx, *ctx.saved_tensors)
-
-
-@with_known_signature
-class _StraightThrough(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, gates: Tensor, choices: Tensor, places: Tensor) -> Tensor:
-        return rows.view_as(rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, gates, choices, places = ctx.saved_tensors
-        dgates = _at_places(_products(grad, rows).to(gates.dtype), places)
-        return _straight_through(grad, gates, choices, places), dgates, None, None
-
-
-class _EagerStraightThrough(_StraightThrough):
-    @staticmethod
-    def jvp(ctx: Any, drows: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
-        rows, gates, choices, places = ctx.saved_tensors
-        tangent = _straight_through(torch.zeros_like(rows) if drows is None else drows, gates, choices, places)
-        return tangent if dgates is None else tangent + rows * _at_choices(dgates, choices).to(rows.dtype)
+    def jvp(ctx: Any, dx: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
+        x, _, gates, *table = ctx.saved_tensors
+        tangents = [] if dx is None else [_gather(dx, gates, *table)]
+        if dgates is not None:
+            tangents.append(_gather(x, None, *table) * _at_choices(dgates, table[1]).to(x.dtype))
+        return sum(tangents[1:], tangents[0])
 
 
 MOST_UNROLLED = 16  # choices of a token
 
 
 @fused
-def _sum_each(y: Tensor, gates: Tensor, places: Tensor) -> Tensor:
-    """Sums (N d) in float32 or more, choice by choice: where memory takes the time, one kernel that reads rows once."""
+def _sum_each(y: Tensor, gates: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (N d), choice by choice in float32 or more: where memory takes the time, one kernel that reads rows once."""
     wide = torch.promote_types(torch.promote_types(y.dtype, gates.dtype), torch.float32)
     total = torch.zeros(places.shape[0], y.shape[1], dtype=wide, device=y.device)
     for j in range(places.shape[1]):
         total = total + y.index_select(0, places[:, j]).to(wide) * gates[:, j : j + 1].to(wide)
-    return total
+    return total.to(dtype)
 
 
 @fused
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+def _gradients_of_gather(grad: Tensor, x: Tensor, is_sent: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of tokens (N d) and of gates (N k), in one kernel that reads those of rows once."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total, dgates = torch.zeros_like(x, dtype=wide), []
+    for j in range(places.shape[1]):
+        rows = grad.index_select(0, places[:, j]).to(wide) * is_sent[:, j : j + 1]
+        total = total + rows
+        dgates.append((rows * x).sum(dim=-1))
+    return total.to(x.dtype), torch.stack(dgates, dim=-1)
 
 
 @fused
-def _sum_gradients(grad: Tensor, y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y (t d) and of the gate of each row (t); the last row's is zero, as its gate is."""
-    rows = grad.index_select(0, tokens)
-    return (rows * _at_choices(gates, choices)).to(y.dtype), (rows * y).sum(dim=-1).to(gates.dtype)
+def _gradients_of_sum(grad: Tensor, y: Tensor, gates: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y (t d) and of the gates (t 1) of its rows; the last row's is zero, as its gate is."""
+    rows = grad.index_select(0, tokens).to(torch.promote_types(y.dtype, gates.dtype))
+    return (rows * gates).to(y.dtype), (rows * y).sum(dim=-1).to(gates.dtype)
 
 
 @with_known_signature
 class _SumChoices(Function):
     @staticmethod
-    def forward(y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor) -> Tensor:
-        dtype = torch.promote_types(y.dtype, gates.dtype)
-        if y.device.type != "cpu" and places.shape[1] <= MOST_UNROLLED:
-            return _sum_each(y, gates, places).to(dtype)
-        return F.embedding_bag(places, y.to(dtype).contiguous(), mode="sum", per_sample_weights=gates.to(dtype))
+    def forward(
+        y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        wide = torch.promote_types(y.dtype, gates.dtype)
+        if is_fused(y) and places.shape[1] <= MOST_UNROLLED:
+            return _sum_each(y, gates, places, dtype or wide)
+        total = F.embedding_bag(places, y.to(wide).contiguous(), mode="sum", per_sample_weights=gates.to(wide))
+        return total if dtype is None else total.to(dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.dtype = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         y, gates, tokens, choices, places = ctx.saved_tensors
-        is_last = torch.compiler.is_compiling() or not may_be_derived(grad, y, gates)
-        if y.device.type != "cpu" and grad.shape[0] > 0 and is_last:
-            dy, dgates = _sum_gradients(grad, y, gates, tokens, choices)
-            return dy, _at_places(dgates, places) if ctx.needs_input_grad[1] else None, None, None, None
-        rows = _gather(grad, tokens, choices, places)
+        if y.device.type != "cpu" and grad.shape[0] > 0 and _is_last(grad, y, gates):
+            dy, dgates = _gradients_of_sum(grad, y, _at_choices(gates, choices), tokens)
+            return dy, _at_places(dgates, places) if ctx.needs_input_grad[1] else None, None, None, None, None
+        rows = _gather(grad.to(torch.promote_types(y.dtype, gates.dtype)), None, tokens, choices, places)
         dgates = (
             _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype)
             if ctx.needs_input_grad[1]
             else None
         )
         times = torch.mul if may_be_derived(grad, y, gates) else Tensor.mul_
-        return times(rows, _at_choices(gates, choices)).to(y.dtype), dgates, None, None, None
+        return times(rows, _at_choices(gates, choices)).to(y.dtype), dgates, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         """One by one, for torch.func: the sum itself knows of no batches."""
         each = ([t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip(inputs, in_dims, strict=True))
         return torch.stack([_sum_choices(*one) for one in zip(*each, strict=True)]), 0
@@ -238,24 +232,27 @@ class _EagerSumChoices(_SumChoices):
     @staticmethod
     def jvp(ctx: Any, dy: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
         y, gates, *table = ctx.saved_tensors
-        tangents = [] if dy is None else [_sum_choices(dy, gates, *table)]
-        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table)]
+        tangents = [] if dy is None else [_sum_choices(dy, gates, *table, ctx.dtype)]
+        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table, ctx.dtype)]
         return sum(tangents[1:], tangents[0])
 
 
-def _gather(x: Tensor, *table: Tensor) -> Tensor:
-    return _apply(_Gather, _EagerGather, x, *table)
+def _gather(x: Tensor, *gates_and_table: Tensor | None) -> Tensor:
+    return _apply(_Gather, _EagerGather, x, *gates_and_table)
 
 
-def _straight_through(rows: Tensor, *gates_and_table: Tensor) -> Tensor:
-    return _apply(_StraightThrough, _EagerStraightThrough, rows, *gates_and_table)
+def _sum_choices(
+    y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _apply(_SumChoices, _EagerSumChoices, y, gates, tokens, choices, places, dtype)
 
 
-def _sum_choices(y: Tensor, *gates_and_table: Tensor) -> Tensor:
-    return _apply(_SumChoices, _EagerSumChoices, y, *gates_and_table)
+def _is_last(*tensors: Tensor) -> bool:
+    """Whether nobody will differentiate what a backward computes of these tensors."""
+    return torch.compiler.is_compiling() or not may_be_derived(*tensors)
 
 
-def _apply(function: type[Function], eager: type[Function], *inputs: Tensor) -> Tensor:
+def _apply(function: type[Function], eager: type[Function], *inputs: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return function.apply(*inputs)
     return eager.apply(*inputs) if may_be_derived(*inputs) else function.forward(*inputs)

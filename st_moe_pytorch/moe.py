@@ -202,7 +202,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
             if layout.buffers is None
             else layout.join(self.experts(layout.split(rows)))
         )
-        return routing.combine(y, layout)
+        # a shared expert's results are added before anything is rounded
+        return routing.combine(y, layout, x.dtype if self.shared_expert is None else None)
 
     def _shared(self, x: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
         """(b n d) -> (b n d') by the shared expert, 0 for padding, which it does not see."""

@@ -18,7 +18,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from st_moe_pytorch.checks import check_positive
-from st_moe_pytorch.layouts import Layout, as_int, gather, rows_layout, slots_layout, straight_through, weighted_sum
+from st_moe_pytorch.layouts import Layout, as_int, gather, rows_layout, slots_layout, weighted_sum
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -175,19 +175,19 @@ class Routing(NamedTuple):
         if layout is None:
             layout = self.buffers()
             return layout.split(self.dispatch(x, layout))
-        rows = gather(x.flatten(0, 1), layout)
-        return straight_through(rows, self.gates.flatten(0, 1), layout) if self.straight_through else rows
+        return gather(x.flatten(0, 1), layout, self.gates.flatten(0, 1) if self.straight_through else None)
 
-    def combine(self, y: Tensor, layout: Layout | None = None) -> Tensor:
-        """Sum experts' results y, weighted by the gates, into tokens (b n d'), in the wider dtype of y and the gates.
+    def combine(self, y: Tensor, layout: Layout | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum experts' results y, weighted by the gates, into tokens (b n d').
 
         y: rows (t d') of a layout, the last of them zero, or, without one, slots (b e c d').
+        dtype: of the sums, which are taken in the wider dtype of y and the gates; that one by default.
         """
         if layout is None:
             layout = self.buffers()
             y = layout.join(y)
         gates = self.gates.masked_fill(~self._is_sent(), 0.0).flatten(0, 1)
-        return weighted_sum(y, gates, layout).view(*self.indices.shape[:2], y.shape[-1])
+        return weighted_sum(y, gates, layout, dtype).view(*self.indices.shape[:2], y.shape[-1])
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Mesh-TensorFlow's dispatch and combine tensors (b n e c), b and n being the groups.

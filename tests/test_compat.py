@@ -225,13 +225,11 @@ def test_fused_functions_give_their_numbers_compiled_too():
     )
     of_tokens = (choices // k).clamp(max=tokens - 1)
     for function, *inputs in (
-        (layouts._sum_each, y, gates, places),
-        (layouts._sum_gradients, torch.randn(tokens, d), y, gates, of_tokens, choices),
-        (layouts._products, y, y),
+        (layouts._sum_each, y, gates, places, torch.float32),
+        (layouts._gradients_of_sum, torch.randn(tokens, d), y, torch.rand(rows + 1, 1), of_tokens),
+        (layouts._gradients_of_gather, y, torch.randn(tokens, d), (torch.rand(tokens, k) < 0.8).float(), places),
         (layers._gated_gelu, z, torch.rand(d)),
-        (layers._gradients_of_gated_gelu, torch.randn(rows, d), z, (torch.rand(d),), True),
         (grouped._add_bias, z, torch.randn(3, 2 * d), offsets),
-        (grouped._with_zeros, torch.randn(3, d, d), offsets),
     ):
         with torch.no_grad():
             copies = [[t.clone() if isinstance(t, torch.Tensor) else t for t in inputs] for _ in range(2)]
@@ -239,6 +237,38 @@ def test_fused_functions_give_their_numbers_compiled_too():
         pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
         for wanted, actual in pairs:
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.compile
+def test_compiled_code_writes_both_halves_of_a_tensor():
+    """They share memory, which torch.compile has to notice and to know that they do not overlap."""
+    z, grad = torch.randn(20, 16), torch.randn(20, 8)
+    wanted, _ = layers._gradients_of_gated_gelu(grad, z, (), False)
+    for function in (layers._write_gradients, torch.compile(layers._write_gradients)):
+        dz = torch.full_like(z, torch.nan)
+        with torch.no_grad():
+            function(grad, z, *dz.chunk(2, dim=-1))
+        torch.testing.assert_close(dz, wanted, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_compiled_functions_take_any_number_of_rows_but_know_their_widths():
+    assert compat._with_fixed_widths(torch.ones(3)).shape == (3,)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([s for s in inputs if not isinstance(s, torch.Tensor)])
+        return graph.forward
+
+    function = torch.compile(lambda x: x * 2, backend=backend)
+    for shape in ((4, 8), (5, 8), (6, 8), (4, 16), (9, 16)):
+        x = torch.ones(shape, requires_grad=True)
+        with torch.no_grad():
+            assert torch.equal(function(compat._with_fixed_widths(x)), 2 * x)
+        assert not vars(x), "the caller's tensor carries no mark"
+    assert len(graphs) <= 4
+    assert all(len(symbols) <= 1 for symbols in graphs), "a width became variable"
     torch._dynamo.reset()
 
 

@@ -12,10 +12,16 @@ from test_golden import golden as golden_case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating, grouped
 from st_moe_pytorch.distributed import shard_experts
+from st_moe_pytorch.gate import RouterLinear
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
+]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
@@ -142,6 +148,44 @@ def test_bfloat16_waits_for_nothing(training):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert outputs.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="no kernel")
+def test_experts_without_rows_get_zeros_where_memory_holds_other_numbers():
+    """On each architecture: some kernels write those zeros themselves."""
+    rows, left = (torch.randn(300, width, device="cuda", dtype=torch.bfloat16) for width in (256, 64))
+    offsets = torch.tensor([0, 100, 100, 250, 300, 300], dtype=torch.int32, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        assert torch.empty(2, device="cuda").isnan().all()
+        products = grouped._outer(left, rows, offsets)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not products[[0, 2, 5]].any()
+    assert_close(products[1].float(), left[:100].float().t() @ rows[:100].float(), 1e-2)
+
+
+def test_matrices_stand_side_by_side_on_a_gpu_in_bfloat16_alone():
+    moe = layer(torch.float32).cuda()
+    weights = [[expert.net[i].weight for expert in moe.experts.experts] for i in (0, 2)]
+    assert not any(grouped.side_by_side(each) is not None for each in weights)
+    moe.bfloat16()
+    assert all(grouped.side_by_side(each) is not None for each in weights)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 50, 64)])
+def test_the_router_has_the_digits_of_float32(shape):
+    router = RouterLinear(64, 8).cuda().bfloat16()
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cotangent = torch.randn(*shape[:-1], 8, device="cuda")
+    wide = [t.detach().double().requires_grad_() for t in (x, router.weight)]
+    logits, expected = router(x), wide[0] @ wide[1].t()
+    assert logits.dtype == torch.float32
+    assert_close(logits.double(), expected, 1e-6)
+    found = torch.autograd.grad(logits, (x, router.weight), cotangent)
+    for actual, wanted in zip(found, torch.autograd.grad(expected, wide, cotangent.double()), strict=True):
+        assert_close(actual.double(), wanted, 4e-3)
 
 
 def test_launches_do_not_grow_with_the_number_of_experts():

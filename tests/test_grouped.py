@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
@@ -16,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import st_moe_pytorch.grouped as grouped
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
 from st_moe_pytorch.experts import are_alike, run_shared
-from st_moe_pytorch.grouped import grouped_linear, grouped_outer, grouped_product, stacked
-from st_moe_pytorch.looped import looped_linear, looped_linear_backward
+from st_moe_pytorch.grouped import grouped_linear, grouped_linear_backward
 
 INTO, OUT = 5, 3
 
@@ -60,7 +60,11 @@ def kernel_on_cpu():
         y[slice(offs[-1], None) if b.ndim == 3 else offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
         return y
 
-    with patch.object(F, "grouped_mm", grouped_mm), patch.object(grouped, "_has_kernel", lambda *_: True):
+    with (
+        patch.object(F, "grouped_mm", grouped_mm),
+        patch.object(grouped, "has_kernel", lambda *_: True),
+        patch("st_moe_pytorch.experts.has_kernel", lambda *_: True),
+    ):
         yield
 
 
@@ -146,25 +150,23 @@ def test_operators_are_what_torch_expects_of_them(scaled):
     with torch.no_grad():
         grad = torch.randn(len(rows), OUT, dtype=torch.float64)
     for tensors in (lambda t: t, lambda t: [p.detach() for p in t]):
-        torch.library.opcheck(looped_linear, (rows, tensors(weights), tensors(biases), tensors(scales), offsets))
-        for of_parameters in (True, False):
-            arguments = (grad, rows.detach(), tensors(weights), tensors(scales), offsets, of_parameters)
-            torch.library.opcheck(looped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(grouped_linear, (rows, tensors(weights), tensors(biases), tensors(scales), offsets))
+        for asked in ((True, True), (True, False), (False, True), (False, False)):
+            arguments = (grad, rows.detach(), tensors(weights), tensors(scales), offsets, *asked)
+            torch.library.opcheck(grouped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_operators_of_the_kernel_are_what_torch_expects_of_them():
-    rows, weights, _, _, offsets = problem(sizes=(2, 0, 4), rest=2, dtype=torch.float32)
-    rows, grad = (torch.randn(8, width, requires_grad=True) for width in (16, 8))
-    matrices = torch.randn(3, 8, 16, requires_grad=True)
-    for function, *arguments in (
-        (stacked, weights, torch.float32),
-        (grouped_product, rows, matrices, offsets),
-        (grouped_outer, grad, rows, offsets),
-    ):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_kernel_gives_what_is_told_of_it_without_data(scaled):
+    rows, weights, biases, scales, offsets = problem(scaled=scaled, dtype=torch.float32)
+    grad = torch.randn(len(rows), OUT)
+    inputs = (rows.detach(), *([t.detach() for t in tensors] for tensors in (weights, biases, scales)), offsets)
+    with kernel_on_cpu():
         # what memory behind the last expert's rows holds differs from run to run, so that values are compared elsewhere
-        torch.library.opcheck(
-            function, tuple(arguments), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-        )
+        torch.library.opcheck(grouped_linear, inputs, test_utils=("test_schema", "test_faketensor"))
+        for asked in ((True, True), (True, False), (False, True), (False, False)):
+            arguments = (grad, inputs[0], inputs[1], inputs[3], offsets, *asked)
+            torch.library.opcheck(grouped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -232,6 +234,132 @@ def test_layer_with_shared_products_is_the_layer_of_modules(kernel, dtype, rtol,
         actual = run()
     for got, wanted in zip(actual, expected, strict=True):
         assert_close(got.double(), wanted.double(), rtol)
+
+
+def is_flat(experts: Experts) -> bool:
+    present = [expert for expert in experts.experts if expert is not None]
+    stacks = [grouped.side_by_side([expert.net[i].weight for expert in present]) for i in (0, 2)]
+    return all(stack is not None for stack in stacks)
+
+
+def flat(number=4) -> Experts:
+    """Experts of aligned widths, as they are on a GPU."""
+    experts = Experts([Expert(8, 3) for _ in range(number)]).float()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    with kernel_on_cpu():
+        experts.flatten_parameters()
+    return experts
+
+
+def test_parameters_side_by_side_are_what_they_were():
+    experts = Experts([Expert(8, 3) for _ in range(4)])
+    assert not is_flat(experts)
+    values = {name: t.clone() for name, t in experts.state_dict().items()}
+    parameters = list(experts.parameters())
+    experts.flatten_parameters()
+    assert not is_flat(experts), "without the kernel there is nothing to gain"
+    with kernel_on_cpu():
+        experts.float()
+    assert is_flat(experts)
+    assert all(mine is theirs for mine, theirs in zip(experts.parameters(), parameters, strict=True))
+    assert all(torch.equal(t, values[name]) for name, t in experts.state_dict().items())
+    assert experts.experts[1].net[0].weight.is_contiguous()
+    addresses = [p.data_ptr() for p in parameters]
+    with kernel_on_cpu():
+        experts.flatten_parameters()
+    assert [p.data_ptr() for p in parameters] == addresses
+
+
+def test_parameters_side_by_side_are_read_and_trained_in_place(monkeypatch):
+    experts, others = flat(), Experts([Expert(8, 3) for _ in range(4)])
+    others.load_state_dict(experts.state_dict())
+    ends = torch.tensor([3, 3, 7, 9], dtype=torch.int32)
+    copied = []
+    real = grouped._stack
+    monkeypatch.setattr(grouped, "_stack", lambda tensors, dtype: copied.append(tensors) or real(tensors, dtype))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (experts, others)]
+    for _ in range(2):
+        rows, cotangent = torch.randn(10, 8), torch.randn(9, 8)
+        rows[-1] = 0
+        for each, optimizer in zip((experts, others), optimizers, strict=True):
+            optimizer.zero_grad()
+            copied.clear()
+            with kernel_on_cpu():
+                (run_shared(each.experts, rows, ends)[:9] * cotangent).sum().backward()
+            assert any(tensors[0].ndim == 2 for tensors in copied) == (each is others)
+            optimizer.step()
+        for mine, theirs in zip(experts.parameters(), others.parameters(), strict=True):
+            assert torch.equal(mine.grad, theirs.grad)
+            assert torch.equal(mine, theirs)
+    assert is_flat(experts)
+    wide = torch.randn(10, 8, dtype=torch.bfloat16)
+    with kernel_on_cpu(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run_shared(experts.experts, wide, ends)[:9], run_shared(others.experts, wide, ends)[:9])
+
+
+def test_a_parameter_that_is_changed_between_forward_and_backward_is_told():
+    experts = flat()
+    rows, ends = torch.randn(10, 8, requires_grad=True), torch.tensor([3, 3, 7, 9], dtype=torch.int32)
+    with kernel_on_cpu():
+        y = run_shared(experts.experts, rows, ends)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y[:9].sum().backward()
+
+
+def moved(experts):
+    experts.experts[2].net[0].weight.data = experts.experts[2].net[0].weight.data.clone()
+
+
+def swapped(experts):
+    experts.experts[0], experts.experts[1] = experts.experts[1], experts.experts[0]
+
+
+def cut(experts):
+    experts.experts.add_module("3", None)
+
+
+@pytest.mark.parametrize("change", [moved, swapped, cut])
+def test_parameters_that_moved_are_copied_until_they_are_flattened_again(change):
+    experts = flat()
+    change(experts)
+    assert not is_flat(experts)
+    with kernel_on_cpu():
+        experts.flatten_parameters()
+    assert is_flat(experts)
+    weights = [expert.net[0].weight for expert in experts.experts if expert is not None]
+    assert weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights), "what was cut takes no memory"
+
+
+def test_a_copy_and_a_checkpoint_of_flat_parameters(tmp_path):
+    experts = flat()
+    copy = deepcopy(experts)
+    torch.save(experts.state_dict(), tmp_path / "experts.pt")
+    other = Experts([Expert(8, 3) for _ in range(4)])
+    other.load_state_dict(torch.load(tmp_path / "experts.pt", weights_only=True))
+    for each in (copy, other):
+        assert all(map(torch.equal, each.parameters(), experts.parameters()))
+    with torch.no_grad():
+        next(copy.parameters()).zero_()
+    assert next(experts.parameters()).any()
+
+
+def test_what_memory_does_not_hold_in_a_row_is_not_side_by_side():
+    stack = torch.randn(3, 8, 8)
+    assert torch.equal(grouped.side_by_side(stack.unbind()), stack)
+    assert grouped.side_by_side(stack.unbind()).data_ptr() == stack.data_ptr()
+    for tensors in (
+        stack[:2].unbind(),
+        stack.transpose(1, 2).unbind(),
+        stack.unbind()[::-1],
+        torch.randn(3, 8, 7).unbind(),
+        [t.clone() for t in stack],
+        [*stack[:2], stack[2].clone()],
+    ):
+        assert grouped.side_by_side(tensors) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 6), (0, 3, 4, 6)])
@@ -334,10 +462,10 @@ def operations(num_experts, training, kernel):
     block = SparseMoEBlock(MoE(8, num_experts), add_ff_before=True).to("meta").train(training)
     x = torch.empty(2, 32, 8, device="meta", requires_grad=training)
     mask = torch.ones(2, 32, dtype=torch.bool, device="meta")
-    with Operations() as forward, patch.object(grouped, "_has_kernel", lambda *_: kernel):
+    with Operations() as forward, patch.object(grouped, "has_kernel", lambda *_: kernel):
         outputs, auxiliary, *_ = block(x, mask=mask)
     assert outputs.shape == x.shape
-    with Operations() as backward, patch.object(grouped, "_has_kernel", lambda *_: kernel):
+    with Operations() as backward, patch.object(grouped, "has_kernel", lambda *_: kernel):
         if training:
             (outputs.sum() + auxiliary).backward()
             assert all(parameter.grad is not None for parameter in block.parameters())
@@ -374,9 +502,8 @@ def test_flops_of_the_layer_are_counted(kernel):
     moe = MoE(8, 4, expert_hidden_mult=6, capacity_factor_train=None, balance_loss_coef=0.0)
     hidden = int(8 * 6 * 2 / 3)  # aligned, since padding is computed with, and counted
     x = torch.empty(1, 16, 8, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter, patch.object(grouped, "_has_kernel", lambda *_: kernel):
+    with FlopCounterMode(display=False) as counter, patch.object(grouped, "has_kernel", lambda *_: kernel):
         moe.to("meta")(x).outputs.sum().backward()
     products = 3 * 2 * (16 * 2 + 1) * (8 * 2 * hidden + hidden * 8)
     router = 3 * 2 * 16 * 8 * 4
-    of_biases = 2 * (16 * 2 + 1) * (2 * hidden + 8) * grouped.ALIGNMENT if kernel else 0
-    assert counter.get_total_flops() == products + router + of_biases
+    assert counter.get_total_flops() == products + router
