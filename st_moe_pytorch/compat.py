@@ -72,13 +72,12 @@ def is_fused(t: Tensor) -> bool:
     """Whether a function of this tensor, and others, takes few kernels if it is `fused`, or in compiled code."""
     if torch.compiler.is_compiling():
         return t.device.type != "cpu"
-    if not t.is_cuda or torch.is_grad_enabled() or may_be_derived(t) or is_fake(t):
-        return False
-    return t.numel() >= WORTH_FUSING and has_triton()
+    is_large = t.is_cuda and t.numel() >= WORTH_FUSING and not torch.is_grad_enabled()
+    return is_large and not is_fake(t) and not may_be_derived(t) and has_triton()
 
 
 def _with_fixed_widths(t: Tensor) -> Tensor:
-    """Compiled for its widths, but for any number of rows: divisions by numbers that vary may double a kernel's time."""
+    """To compile for its widths, but for any number of rows: divisions by what varies may double a kernel's time."""
     t = t.detach()
     for dim in range(1, t.ndim):
         torch._dynamo.mark_static(t, dim)
@@ -132,6 +131,11 @@ def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
         torch.stack(list(tensors), out=stack)
     else:
         torch._foreach_copy_(stack.unbind(), list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    """What every module does when it is moved or cast."""
+    nn.Module._apply(module, function, recurse)
 
 
 def contents(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter | None]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import ProcessGroup, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.compat import ProcessGroup, apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.agreement import Results
 from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
 from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks
@@ -80,9 +80,8 @@ class Experts(nn.Module):
             self._check_rows(x, offsets)
             return run_shared(self.experts, x, offsets) if shared else eager(self._run_rows)(x, offsets, parallel)
         if x.ndim != 4 or x.shape[1] != self.num_experts:
-            raise ValueError(
-                f"x must have shape (batch, {self.num_experts}, slots, width) without offsets, got {tuple(x.shape)}"
-            )
+            wanted = f"(batch, {self.num_experts}, slots, width) without offsets"
+            raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
         if parallel is None and not shared:
             return torch.stack(self._same_width([self._call(i, part) for i, part in enumerate(x.unbind(dim=1))]), dim=1)
         b, e, n, _ = x.shape
@@ -105,7 +104,7 @@ class Experts(nn.Module):
                     put_side_by_side([layer.weight for layer in layers])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
-        super()._apply(fn, recurse)
+        apply_to_tensors(self, fn, recurse)
         self.flatten_parameters()
         return self
 
@@ -149,9 +148,8 @@ class Experts(nn.Module):
             return self.parallel
         if not is_distributed:
             return None
-        return ExpertParallel(
-            self.channel, Placement(self.num_experts, self.channel.size), self.strategy, sharded=False
-        )
+        placement = Placement(self.num_experts, self.channel.size)
+        return ExpertParallel(self.channel, placement, self.strategy, sharded=False)
 
     def _check_rows(self, x: Tensor, offsets: Tensor) -> None:
         if x.ndim != 2:
@@ -210,15 +208,13 @@ class Experts(nn.Module):
                     raise
         if not results:
             why = "since nothing else tells the width of their results"
-            raise RuntimeError(
-                f"experts must be able to run on no tokens where none of them has any, {why}"
-            ) from refusals[0]
+            wanted = "experts must be able to run on no tokens where none of them has any"
+            raise RuntimeError(f"{wanted}, {why}") from refusals[0]
         some = next(iter(results.values()))
         nothing = some.new_empty(1, 0, some.shape[-1])
-        if len(results) < len(blocks):
-            for number in numbers:
-                if number not in results:
-                    results[number] = used_for_nothing(nothing, self.experts[number]) if needs_grad else nothing
+        for number in numbers:
+            if number not in results:
+                results[number] = used_for_nothing(nothing, experts[number]) if needs_grad else nothing
         return self._same_width([results[number] for number in numbers])
 
     def _call(self, number: int, block: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
@@ -227,9 +223,8 @@ class Experts(nn.Module):
         y = expert(block) if parameters is None else functional_call(expert, parameters, block)
         if not isinstance(y, Tensor) or y.shape[:-1] != block.shape[:-1]:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"expert {number} must map tokens {tuple(block.shape)} to one tensor of shape (b, n, width), got {got}"
-            )
+            wanted = f"tokens {tuple(block.shape)} to one tensor of shape (b, n, width)"
+            raise ValueError(f"expert {number} must map {wanted}, got {got}")
         return y
 
     @staticmethod
@@ -264,9 +259,8 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
     if (dtype := autocast_dtype(rows.device.type)) is not None:
         rows = rows.to(dtype)
     elif rows.dtype != up[0].weight.dtype:
-        raise ValueError(
-            f"x must have the dtype of the experts, {up[0].weight.dtype}, or run under autocast, got {rows.dtype}"
-        )
+        wanted = f"the dtype of the experts, {up[0].weight.dtype}, or run under autocast"
+        raise ValueError(f"x must have {wanted}, got {rows.dtype}")
     hidden = gated_gelu(grouped_linear(rows, *_parameters(up), [norm.gamma for norm in norms], offsets))
     for dropout in dropouts:
         hidden = dropout[0](hidden)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.checks import check_counts, check_noise, check_positive, check_tokens, is_overridden
-from st_moe_pytorch.compat import eager, has_hooks, is_transformed
+from st_moe_pytorch.compat import eager, has_hooks
 from st_moe_pytorch.routing import Choices, DenseRouting, Routing, expert_capacity, without_autocast
 
 
@@ -53,45 +52,8 @@ class RouterLinear(nn.Linear):
         super().__init__(dim, num_gates, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        if has_wide_product(input, self.weight):
-            return wide_product(input.flatten(0, -2), self.weight.t()).unflatten(0, input.shape[:-1])
         dtype = torch.promote_types(input.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype))
-
-
-def has_wide_product(a: Tensor, b: Tensor) -> bool:
-    """Whether units for bfloat16 multiply these with results in float32, which units for float32 take longer for."""
-    return a.is_cuda and a.dtype == b.dtype == torch.bfloat16 and not is_transformed()
-
-
-@torch.library.custom_op("st_moe_pytorch::wide_product", mutates_args=())
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of bfloat16 (n i) and (i o) in float32 (n o): no number is rounded before they are summed."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-@wide_product.register_fake
-def _empty_wide_product(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-
-
-def _wide_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = ctx.saved_tensors
-    rounded = grad.to(a.dtype)
-    parts = torch.cat((rounded, (grad - rounded).to(a.dtype)), dim=1)  # whose sum has twice the digits
-    da = wide_product(parts, torch.cat((b, b), dim=1).t())
-    db = wide_product(a.t(), parts).unflatten(1, (2, -1)).sum(dim=1)
-    return da.to(a.dtype), db.to(b.dtype)
-
-
-wide_product.register_autograd(
-    _wide_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
-
-
-@register_flop_formula(torch.ops.st_moe_pytorch.wide_product)
-def _flops_of_wide_product(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
 
 
 R = TypeVar("R")

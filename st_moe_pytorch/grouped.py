@@ -54,7 +54,7 @@ def grouped_linear(
             torch.addmm(biases[j].to(y.dtype), inputs, matrix, out=y[block])
         else:
             torch.mm(inputs, matrix, out=y[block])
-    y[_end(offsets) :] = 0
+    y[offsets[-1] :] = 0
     return y
 
 
@@ -69,9 +69,20 @@ def grouped_linear_backward(
     of_biases: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows (t i), weights (e o i), biases (e o), scales (e i), those that are not asked for empty."""
-    found = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters, of_biases)
     if has_kernel(rows, len(weights)):
-        return _gradients_by_kernel(grad, rows, weights, scales, offsets, *found)
+        (out, into), (grad, rows) = weights[0].shape, map(_aligned, (grad, rows))
+        matrices, unscaled = _scaled_stack(weights, scales, rows.dtype)
+        drows = _without_last(F.grouped_mm(grad, matrices, offs=offsets)[:, :into].contiguous(), offsets)
+        dweights, dbiases, dscales = rows.new_empty(0, out, into), rows.new_empty(0, out), rows.new_empty(0, into)
+        if of_parameters:
+            dweights = _outer(grad, rows, offsets)
+            if scales:
+                dweights, dscales = _gradients_of_scaled(dweights, unscaled, _stack(scales, rows.dtype))
+            dweights, dscales = dweights[:, :out, :into].contiguous(), dscales[:, :into].contiguous()
+        if of_biases:
+            dbiases = _outer(grad, rows.new_ones(len(rows), ALIGNMENT), offsets)[:, :out, 0].contiguous()
+        return drows, dweights, dbiases, dscales
+    found = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters, of_biases)
     drows, dweights, dbiases, dscales = found
     for j, block in _blocks(offsets):
         torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
@@ -83,7 +94,7 @@ def grouped_linear_backward(
             if of_parameters:
                 torch.sum(drows[block] * rows[block], 0, out=dscales[j])
             drows[block] *= scales[j].to(rows.dtype)
-    drows[_end(offsets) :] = 0
+    drows[offsets[-1] :] = 0
     return found
 
 
@@ -94,14 +105,9 @@ def _empty_result(rows: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
 
 @grouped_linear_backward.register_fake
 def _empty_gradients(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Tensor,
-    of_parameters: bool,
-    of_biases: bool,
+    grad: Tensor, rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_parameters, of_biases = asked
     e, (out, into) = len(weights), weights[0].shape
     return (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
@@ -140,7 +146,6 @@ def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> t
     """Gradients of ``<drows, u> + <dweights, v> + <dbiases, c> + <dscales, q>``, as sums of the same two operators."""
     grad, rows, offsets, *parameters = ctx.saved_tensors
     weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
-    nothing = [weights[0].new_zeros(weights[0].shape)] * len(weights)
 
     def gradients(rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return grouped_linear_backward(grad, rows, weights, scales, offsets, True, False)
@@ -149,9 +154,9 @@ def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> t
     _, dweights, _, dscales = gradients(u, weights, scales)
     drows = torch.zeros_like(rows)
     if len(v) or len(c):
-        v = v.unbind() if len(v) else nothing
-        dgrad = dgrad + grouped_linear(rows, v, c.unbind(), scales, offsets)
-        drows, _, _, more = gradients(rows, v, scales)
+        matrices = v.unbind() if len(v) else list(map(torch.zeros_like, weights))
+        dgrad = dgrad + grouped_linear(rows, matrices, c.unbind(), scales, offsets)
+        drows, _, _, more = gradients(rows, matrices, scales)
         dscales = dscales + more
     if len(q):
         dgrad = dgrad + grouped_linear(rows, weights, [], q.unbind(), offsets)
@@ -172,8 +177,8 @@ def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__:
 
 
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
-def _flops_of_gradients(grad: Any, rows: Any, weights: Any, scales: Any, offsets: Any, both: bool, *_: Any, **__: Any):
-    return _flops(rows, weights) * (2 if both else 1)
+def _flops_of_gradients(grad: Any, rows: Any, weights: Any, *others: Any, **_: Any) -> int:
+    return _flops(rows, weights) * (2 if others[2] else 1)
 
 
 def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
@@ -182,38 +187,8 @@ def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
     return enumerate(map(slice, [0, *ends], ends))
 
 
-def _end(offsets: Tensor) -> int:
-    return int(offsets[-1])
-
-
 def _scaled(rows: Tensor, scales: Sequence[Tensor], j: int) -> Tensor:
     return rows * scales[j].to(rows.dtype) if scales else rows
-
-
-def _gradients_by_kernel(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Tensor,
-    drows: Tensor,
-    dweights: Tensor,
-    dbiases: Tensor,
-    dscales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As of `grouped_linear_backward`, in place of those that are not empty."""
-    out, into = weights[0].shape
-    grad, rows = _aligned(grad), _aligned(rows)
-    matrices, unscaled = _scaled_stack(weights, scales, rows.dtype)
-    drows = _without_last(F.grouped_mm(grad, matrices, offs=offsets)[:, :into].contiguous(), offsets)
-    if len(dweights):
-        dweights = _outer(grad, rows, offsets)
-        if scales:
-            dweights, dscales = _gradients_of_scaled(dweights, unscaled, _stack(scales, rows.dtype))
-        dweights, dscales = dweights[:, :out, :into].contiguous(), dscales[:, :into].contiguous()
-    if len(dbiases):
-        dbiases = _outer(grad, rows.new_ones(len(rows), ALIGNMENT), offsets)[:, :out, 0].contiguous()
-    return drows, dweights, dbiases, dscales
 
 
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:

@@ -222,22 +222,25 @@ PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 def is_plain(module: nn.Module) -> bool:
     """Whether a module computes nothing but what its class and parameters say, and so do those in it."""
     children, parameters = contents(module)
-    if type(module) not in PLAIN or "forward" in vars(module) or has_hooks(module):
-        return False
-    return all(type(p) in (nn.Parameter, NoneType) for p in parameters.values()) and all(map(is_plain, children.values()))
+    is_itself = type(module) in PLAIN and "forward" not in vars(module) and not has_hooks(module)
+    has_plain = all(type(p) in (nn.Parameter, NoneType) for p in parameters.values())
+    return is_itself and has_plain and all(map(is_plain, children.values()))
 
 
 def is_like(module: nn.Module, plain: nn.Module) -> bool:
     """Whether a module computes what a plain one does but for its parameters' values. Asked for in every forward."""
     own, others = vars(module), vars(plain)
-    if type(module) is not type(plain) or own["training"] != others["training"] or own.get("p") != others.get("p"):
-        return False
-    if "forward" in own or has_hooks(module):
-        return False
     (children, parameters), (models, wanted) = contents(module), contents(plain)
-    if len(children) != len(models) or not all(map(is_like, children.values(), models.values())):
-        return False
-    return len(parameters) == len(wanted) and all(map(_are_alike, parameters.values(), wanted.values()))
+    return (
+        type(module) is type(plain)
+        and own["training"] == others["training"]
+        and own.get("p") == others.get("p")
+        and "forward" not in own
+        and not has_hooks(module)
+        and len(children) == len(models)
+        and all(map(_are_alike, parameters.values(), wanted.values()))
+        and all(map(is_like, children.values(), models.values()))
+    )
 
 
 def _are_alike(p: nn.Parameter | None, wanted: nn.Parameter | None) -> bool:

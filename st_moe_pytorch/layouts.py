@@ -213,11 +213,9 @@ class _SumChoices(Function):
             dy, dgates = _gradients_of_sum(grad, y, _at_choices(gates, choices), tokens)
             return dy, _at_places(dgates, places) if ctx.needs_input_grad[1] else None, None, None, None, None
         rows = _gather(grad.to(torch.promote_types(y.dtype, gates.dtype)), None, tokens, choices, places)
-        dgates = (
-            _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        dgates = None
+        if ctx.needs_input_grad[1]:
+            dgates = _at_places(torch.linalg.vecdot(rows, y.to(rows.dtype)), places).to(gates.dtype)
         times = torch.mul if may_be_derived(grad, y, gates) else Tensor.mul_
         return times(rows, _at_choices(gates, choices)).to(y.dtype), dgates, None, None, None, None
 
@@ -231,9 +229,10 @@ class _SumChoices(Function):
 class _EagerSumChoices(_SumChoices):
     @staticmethod
     def jvp(ctx: Any, dy: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
-        y, gates, *table = ctx.saved_tensors
-        tangents = [] if dy is None else [_sum_choices(dy, gates, *table, ctx.dtype)]
-        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table, ctx.dtype)]
+        y, gates, tokens, choices, places = ctx.saved_tensors
+        table = tokens, choices, places, ctx.dtype
+        tangents = [] if dy is None else [_sum_choices(dy, gates, *table)]
+        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table)]
         return sum(tangents[1:], tangents[0])
 
 

@@ -104,9 +104,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
             gate = TopNGating(dim, num_experts, **gating)
         else:
             usual = signature(TopNGating).parameters
-            refuse_misfit(
-                gate, dim, num_experts, [name for name, value in gating.items() if value != usual[name].default]
-            )
+            changed = [name for name, value in gating.items() if value != usual[name].default]
+            refuse_misfit(gate, dim, num_experts, changed)
         self.gate: Gate = gate  # pyright: ignore[reportAttributeAccessIssue] - or a module with its route
         if experts is None:
             experts = [Expert(dim, expert_hidden_mult) for _ in range(num_experts)]
@@ -139,11 +138,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
             names = signature(TopNGating).parameters
             # eps so small that gates sum to 1 in float64 too
             settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
-            settings |= {
-                "capacity_factor_train": None,
-                "capacity_factor_eval": None,
-                "top_n": arguments.pop("gating_top_n", 2),
-            }
+            settings |= {"capacity_factor_train": None, "capacity_factor_eval": None}
+            settings |= {"top_n": arguments.pop("gating_top_n", 2)}
             settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
             gate = TopNGating(dim, num_experts, **settings)
         return cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), gate=gate, **arguments)
@@ -197,11 +193,10 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         is_foreign = not isinstance(self.experts, Experts) or is_overridden(self.experts, Experts)
         layout = routing.buffers() if is_foreign else self.experts.layout(routing)
         rows = routing.dispatch(x, layout)
-        y = (
-            self.experts(rows, layout.offsets)
-            if layout.buffers is None
-            else layout.join(self.experts(layout.split(rows)))
-        )
+        if layout.buffers is None:
+            y = self.experts(rows, layout.offsets)
+        else:
+            y = layout.join(self.experts(layout.split(rows)))
         # a shared expert's results are added before anything is rounded
         return routing.combine(y, layout, x.dtype if self.shared_expert is None else None)
 

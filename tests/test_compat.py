@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
+import st_moe_pytorch.tools.compat  # noqa: F401 - reached as tools.compat
 from st_moe_pytorch import RMSNorm, compat, distributed, grouped, layers, layouts, tools
 
 
@@ -209,8 +210,29 @@ def test_functions_are_fused_for_large_tensors_on_a_gpu_alone():
     large = torch.ones(compat.WORTH_FUSING)
     with torch.no_grad():
         assert torch.equal(double(large), 2 * large)
+        assert not compat.is_fused(large)
     assert calls == [False]
     assert isinstance(has_triton(), bool)
+    seen = []
+    with torch.no_grad():
+        torch.compile(lambda x: seen.append(compat.is_fused(x)) or x + 1, backend="eager")(large)
+    torch._dynamo.reset()
+    assert seen == [False]
+
+
+def test_moving_a_module_is_applying_to_its_tensors():
+    module = nn.Sequential(nn.Linear(2, 2))
+    compat.apply_to_tensors(module, torch.Tensor.double, True)
+    assert all(p.dtype == torch.float64 for p in module.parameters())
+    calls = []
+
+    class Watched(nn.Linear):
+        def _apply(self, fn, recurse=True):
+            calls.append(recurse)
+            return super()._apply(fn, recurse)
+
+    nn.Sequential(Watched(2, 2)).to(torch.float64)
+    assert calls == [True], "torch calls it of every module inside, too"
 
 
 @pytest.mark.compile

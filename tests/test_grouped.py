@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -334,6 +335,27 @@ def test_parameters_that_moved_are_copied_until_they_are_flattened_again(change)
     assert weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights), "what was cut takes no memory"
 
 
+def test_experts_that_are_cut_take_no_memory():
+    experts = flat()
+    with kernel_on_cpu():
+        experts.shard(SimpleNamespace(experts=range(1, 3)))
+    assert is_flat(experts)
+    weights = [expert.net[0].weight for expert in experts.experts if expert is not None]
+    assert len(weights) == 2
+    assert weights[0].untyped_storage().nbytes() == 2 * weights[0].nbytes
+
+
+def test_a_parameter_that_experts_have_in_common_stays():
+    experts = Experts([Expert(8, 3) for _ in range(3)])
+    shared = experts.experts[0].net[0].weight
+    experts.experts[2].net[0].weight = shared
+    address = shared.data_ptr()
+    with kernel_on_cpu():
+        experts.flatten_parameters()
+    assert shared.data_ptr() == address
+    assert experts.experts[2].net[0].weight is shared
+
+
 def test_a_copy_and_a_checkpoint_of_flat_parameters(tmp_path):
     experts = flat()
     copy = deepcopy(experts)
@@ -424,6 +446,8 @@ SPECIAL = {
     "wrapper": replaced,
     "assigned forward": lambda expert: setattr(expert, "forward", lambda x: x),
     "other dtype": lambda expert: expert.double(),
+    "further layer": lambda expert: expert.net.append(nn.Dropout()),
+    "no bias": lambda expert: expert.net[0].register_parameter("bias", None),
     "evaluation of one": lambda expert: expert.eval(),
     "tensor subclass": lambda expert: setattr(
         expert.net[0], "weight", nn.Parameter(expert.net[0].weight.detach().as_subclass(Own))

@@ -5,7 +5,7 @@ import torch
 from oracles import assert_close, gradients
 from torch.func import functional_call, jacfwd, jacrev
 
-from st_moe_pytorch import Expert, MoE, TopNGating, layouts
+from st_moe_pytorch import Expert, MoE, TopNGating, layers, layouts
 
 
 def routing_of(k, capacity_factor=0.6, straight_through=True, n=7):
@@ -129,6 +129,13 @@ def test_results_are_weighted_in_the_wider_dtype_of_theirs_and_the_gates(dtype, 
     y, gates = rows_for(table, dtype=dtype).requires_grad_(), routing.gates.detach().to(of_gates).requires_grad_()
     combined = routing._replace(gates=gates).combine(y, table).flatten(0, 1)
     assert combined.dtype == torch.promote_types(dtype, of_gates)
+    rounded = routing._replace(gates=gates).combine(y, table, torch.bfloat16).flatten(0, 1)
+    assert torch.equal(rounded, combined.bfloat16())
+    coarse = torch.randn(14, 3, dtype=torch.bfloat16)
+    for mine, theirs in zip(
+        gradients(rounded, coarse, [y, gates]), gradients(combined, coarse.to(combined.dtype), [y, gates]), strict=True
+    ):
+        assert torch.equal(mine, theirs)
     wide_y, wide_gates = y.detach().double(), gates.detach().double().requires_grad_()
     expected, cotangent = combined_by_indexing(wide_y, wide_gates, table), torch.randn(14, 3)
     rtol = 1e-12 if combined.dtype == torch.float64 else 1e-6
@@ -272,3 +279,48 @@ def test_sums_off_the_cpu_are_those_of_the_cpu(dtype):
     assert_close(dy.double(), wanted_dy.double(), max(rtol, 1e-2 if dtype == torch.bfloat16 else 0))
     is_sent = experts < 4
     assert_close(dgates[layout.places][is_sent], wanted_dgates[is_sent], rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_copies_off_the_cpu_are_those_of_the_cpu(dtype):
+    routing, x = routing_of(3)
+    table = routing.rows()
+    x = x.to(dtype).flatten(0, 1).requires_grad_()
+    gates = routing.gates.detach().flatten(0, 1).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    rows = layouts.gather(x, table, gates)
+    cotangent = torch.randn_like(rows)
+    expected = gradients(rows, cotangent, [x, gates])
+    is_sent = (table.places < len(rows) - 1).to(dtype)
+    assert not is_sent.all()
+    found = layouts._gradients_of_gather(cotangent, x.detach(), is_sent, table.places)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    for actual, wanted, sent in zip(found, expected, (slice(None), is_sent > 0), strict=True):
+        assert_close(actual[sent].double(), wanted[sent].double(), {torch.bfloat16: 2e-2}.get(dtype, 1e-6))
+    assert not found[1][is_sent == 0].any()
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+@pytest.mark.parametrize("k", [1, 3, layouts.MOST_UNROLLED + 1])
+def test_layers_computed_in_few_kernels_are_those_of_the_cpu(k, straight_through, monkeypatch):
+    """The functions that a GPU would compute compiled, here as they are written."""
+    gate = TopNGating(6, 20, top_n=k, policy_train="all", straight_through_dispatch_tensor=straight_through)
+    moe = MoE(6, 20, gate=gate, experts=[Expert(6, 3, mult_bias=False) for _ in range(20)]).double()
+    x = torch.randn(2, 30, 6, dtype=torch.float64, requires_grad=True)
+    cotangent, mask = torch.randn_like(x), torch.rand(2, 30) < 0.8
+    monkeypatch.setattr(layers, "SMALL", 0)
+
+    def run():
+        outputs, loss, *_ = moe(x, mask=mask)
+        return outputs, *gradients((outputs * cotangent).sum() + loss, torch.tensor(1.0), [x, *moe.parameters()])
+
+    expected, called = run(), []
+    for module, name in ((layouts, "_gradients_of_gather"), (layouts, "_sum_each"), (layers, "_write_gradients")):
+        monkeypatch.setattr(module, "is_fused", lambda t: True)
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+    for actual, wanted in zip(run(), expected, strict=True):
+        assert_close(actual, wanted, may_vanish=True)  # gradients of experts that no token chose
+    assert all(t.any() for t in expected[:3])
+    few = k <= layouts.MOST_UNROLLED
+    assert ("_sum_each" in called, "_gradients_of_gather" in called) == (few, few and straight_through)
+    assert "_write_gradients" in called

@@ -243,6 +243,19 @@ class Foreign(nn.Module):
         return torch.stack([expert(part) for expert, part in zip(self.experts, x.unbind(1), strict=True)], dim=1)
 
 
+def test_nothing_is_rounded_before_a_shared_expert_is_added():
+    moe = MoE(6, 4, gate=TopNGating(6, 4, policy_train="all", capacity_factor_train=None), shared_expert=nn.Identity())
+    moe.bfloat16()
+    x = torch.randn(2, 9, 6).bfloat16()
+    routing = moe.gate.route(x)
+    layout = routing.rows()
+    alone = routing.combine(moe.experts(routing.dispatch(x, layout), layout.offsets), layout)
+    assert alone.dtype == torch.float32
+    expected = (alone + x).bfloat16()
+    assert torch.equal(moe(x).outputs, expected)
+    assert not torch.equal(alone.bfloat16() + x, expected)
+
+
 def test_padding_of_a_shared_expert_may_hold_anything():
     moe, mask = variant(), torch.arange(9) < torch.tensor([[9], [5]])
     moe.shared_expert = Expert(6, 2).double()  # whose biases give something for nothing
