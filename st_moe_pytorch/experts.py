@@ -1,7 +1,8 @@
 """The experts of a layer. Axes: b groups, n tokens or slots, d width, e experts, t rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import ProcessGroup, apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.agreement import Results
 from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
-from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks
+from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks, run_together
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
@@ -122,6 +123,8 @@ class Experts(nn.Module):
 
     def layout(self, routing: Routing) -> Layout:
         """How experts want a routing's tokens: in rows or, where only a look at data tells these apart, in slots."""
+        if self.parallel is not None and self.parallel.equal_shapes:
+            return self.parallel.slots(routing)
         in_rows = self.parallel is not None or self.is_distributed
         in_rows = in_rows or (not is_batched() and (not is_blind(routing.indices) or are_alike(self.experts)))
         return routing.rows() if in_rows else routing.buffers(filled=True)
@@ -152,6 +155,8 @@ class Experts(nn.Module):
         return ExpertParallel(self.channel, placement, self.strategy, sharded=False)
 
     def _check_rows(self, x: Tensor, offsets: Tensor) -> None:
+        if self.parallel is not None and self.parallel.equal_shapes:
+            raise ValueError("x must be slots where ranks are promised equal shapes, got rows and offsets")
         if x.ndim != 2:
             raise ValueError(f"x must be rows (t, width) where offsets are given, got {tuple(x.shape)}")
         if offsets.shape != (self.num_experts,) or offsets.dtype != torch.int32:
@@ -171,7 +176,10 @@ class Experts(nn.Module):
             placed = [self.experts[number] for number in parallel.experts]
             if may_share_products(rows) and are_alike(shared := SharedProducts(placed)):
                 *_, last = shared.parameters()  # of the last matrix, as wide as the results
-                run, promised = shared.run, Results(autocast_dtype(rows.device.type) or rows.dtype, len(last))
+                run, promised = (
+                    partial(run_together, shared),
+                    Results(autocast_dtype(rows.device.type) or rows.dtype, len(last)),
+                )
             y = [run_over_ranks(self.experts, rows, offsets, parallel, run, promised).unsqueeze(0)]
         rest = y[0].new_zeros(1, len(rows) - sum(part.shape[1] for part in y), y[0].shape[-1])
         return torch.cat([*y, rest], dim=1).squeeze(0)
@@ -273,17 +281,6 @@ class SharedProducts(nn.ModuleList):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         return run_shared(self, rows, offsets)
-
-    def run(
-        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
-    ) -> list[Tensor]:
-        """As `Experts` runs them under their numbers: rows (1 t d) and parameters to put in place -> (1 t d')."""
-        sizes = [block.shape[1] for block in blocks]
-        offsets = torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device=blocks[0].device)
-        places = {number: place for place, number in enumerate(numbers)}
-        own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
-        y = functional_call(self, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
-        return list(y.unsqueeze(0).split(sizes, dim=1))
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -2285,6 +2285,41 @@ FAULTS = [
         "",
         "test_grouped.py::test_experts_that_differ_in_anything_are_called_one_by_one",
     ),
+    Fault(
+        "ranks agree on counts although they are promised equal shapes",
+        "distributed/exchange.py",
+        "        if self.equal_shapes:\n",
+        "        if False:\n",
+        "distributed/test_traffic.py::test_nobody_waits_where_all_ranks_promise_equal_shapes",
+    ),
+    Fault(
+        "ranks agree on results although they are promised equal shapes",
+        "distributed/exchange.py",
+        "is_promised = self.parallel.equal_shapes",
+        "is_promised = False",
+        "distributed/test_traffic.py::test_nobody_waits_where_all_ranks_promise_equal_shapes",
+    ),
+    Fault(
+        "as many slots as tokens travel",
+        "distributed/exchange.py",
+        "if routing.capacity >= routing.groups[1]:",
+        "if routing.capacity > routing.groups[1]:",
+        "distributed/test_traffic.py::test_nobody_waits_where_all_ranks_promise_equal_shapes",
+    ),
+    Fault(
+        "rows with offsets pass as slots of equal number",
+        "experts.py",
+        "if self.parallel is not None and self.parallel.equal_shapes:\n            raise",
+        "if False:\n            raise",
+        "distributed/test_traffic.py::test_nobody_waits_where_all_ranks_promise_equal_shapes",
+    ),
+    Fault(
+        "one rank alone promises equal shapes",
+        "distributed/sharding.py",
+        '    entries["equal_shapes"] = str(equal_shapes)\n',
+        "",
+        "distributed/test_traffic.py::test_ranks_promise_equal_shapes_together",
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.collectives import Channel, integers
 
 MESSAGE = 256  # integers that a rank tells all others before tokens are exchanged
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ def gather_counts(
     """
     results = (NO_NUMBER, 0) if promised is None else (DTYPES.index(promised.dtype), promised.width)
     told = crc32(repr(agreement).encode()), int(needs_grad), _claims(copies, channel.rank), *results
-    message = torch.cat((torch.tensor(told, device=counts.device), counts))
+    message = torch.cat((integers(told, counts.device), counts))
     start, end = len(told), len(message)
     # of one size for any number of experts, so that ranks with different numbers can still talk: gloo aborts where
     # sizes differ
@@ -60,11 +60,11 @@ def gather_counts(
 
 
 def agree_with_replicas(
-    copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device | None
+    copies: Sequence[str], needs_grad: bool, replicas: Channel, device: torch.device
 ) -> tuple[bool, str | None]:
     """Whether any replica needs gradients, and what is wrong if they differ in what is trainable, in one collective."""
     holders = dict.fromkeys(copies, range(replicas.size))
-    told = torch.tensor([_claims(holders, replicas.rank), int(needs_grad)], device=device)
+    told = integers([_claims(holders, replicas.rank), int(needs_grad)], device)
     claims, needed = zip(*_gather_integers(told, replicas), strict=True)
     return any(needed), unequal_copies(holders, replicas) if sum(claims) else None
 
@@ -125,7 +125,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
     """
     dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
     code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
-    gathered = _gather_integers(torch.tensor([code, width], device=results[0].device), channel)
+    gathered = _gather_integers(integers([code, width], results[0].device), channel)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if FAILED in codes:
         failed = "; ".join(
@@ -142,7 +142,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
 
 def tell_of_failure(error: Exception, channel: Channel, device: torch.device) -> None:
     """In place of `agree_on_results`, on a rank whose experts raised an error."""
-    _gather_integers(torch.tensor([FAILED, 0], device=device), channel)
+    _gather_integers(integers([FAILED, 0], device), channel)
     gather_objects(f"{type(error).__name__}: {error}", channel)
 
 

@@ -4,7 +4,7 @@ Built on the one collective that every backend has for uneven sizes: gloo gather
 only, and its all-to-all exists for single tensors only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,12 @@ class Channel(NamedTuple):
             raise RuntimeError(
                 f"{self.layer}: {action} failed, as it does where a rank died, is late or left out a pass: {error}"
             ) from error
+
+
+def integers(values: Iterable[int], device: torch.device) -> Tensor:
+    """Numbers of the host in int64 on a device, for which the host does not wait."""
+    numbers = torch.tensor(list(values), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], channel: Channel) -> Tensor:

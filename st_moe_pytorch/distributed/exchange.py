@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from st_moe_pytorch.compat import ends_recomputation
 from st_moe_pytorch.distributed.agreement import (
@@ -18,10 +19,12 @@ from st_moe_pytorch.distributed.agreement import (
     gather_counts,
     tell_of_failure,
 )
-from st_moe_pytorch.distributed.collectives import Channel, join_replicas, scale_gradient, used_for_nothing
+from st_moe_pytorch.distributed.collectives import Channel, integers, join_replicas, scale_gradient, used_for_nothing
 from st_moe_pytorch.distributed.compat import is_reentrant_checkpoint
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
+from st_moe_pytorch.layouts import Layout
+from st_moe_pytorch.routing import Routing
 
 # (numbers of experts, their rows (1 t d), tensors in place of their parameters by number and name) -> their results (1
 # t d')
@@ -54,6 +57,8 @@ class ExpertParallel(NamedTuple):
     """For names of parameters that experts of several ranks have in common: the first of these names, and the ranks."""
     model: str = ""
     """Tells models apart whose layers have the same names."""
+    equal_shapes: bool = False
+    """Whether tokens, dtypes and what needs gradients are alike on all ranks, so that nothing has to be agreed on."""
 
     @property
     def experts(self) -> range:
@@ -86,6 +91,14 @@ class ExpertParallel(NamedTuple):
                     found.setdefault(parameter, Copy(key, holders, parameter, [])).places.append((number, name))
         return sorted(found.values(), key=lambda copy: copy.name)
 
+    def slots(self, routing: Routing) -> Layout:
+        """The layout of rows whose number per expert all ranks know without a look at data."""
+        if routing.capacity >= routing.groups[1]:
+            wanted = "experts with fewer slots than a group has tokens: set the gate's capacity factors"
+            got = f"{routing.capacity} slots for groups of {routing.groups[1]} tokens"
+            raise ValueError(f"{self.channel.layer}: equal_shapes needs {wanted}, got {got}")
+        return routing.buffers(filled=True)
+
     def exchange(
         self,
         rows: Tensor,
@@ -105,6 +118,10 @@ class ExpertParallel(NamedTuple):
                 f"process group has {self.channel.size}: build the model anew and shard it over the group that there "
                 "is now"
             )
+        if self.equal_shapes:
+            # the slots of all experts, as many of each on every rank
+            size = [len(rows) // self.placement.num_experts] * self.placement.num_experts
+            return self._exchange([size] * self.placement.num_ranks, needs_grad, promised and promised.dtype)
         agreement, problem = self._agreement(rows), None
         if self.data_parallel is not None and torch.is_grad_enabled():
             names = [copy.name for copy in copies]
@@ -115,7 +132,10 @@ class ExpertParallel(NamedTuple):
         if problem is not None:
             raise RuntimeError(problem)
         check_sizes(gathered[self.channel.rank], len(rows))
-        blocks = self.placement.blocks(gathered)
+        return self._exchange(gathered, needs_grad, dtype)
+
+    def _exchange(self, counts: Sequence[Sequence[int]], needs_grad: bool, dtype: torch.dtype | None) -> "Exchange":
+        blocks = self.placement.blocks(counts)
         back = [[sum(source) for source in zip(*held, strict=True)] for held in blocks]
         there = [list(line) for line in zip(*back, strict=True)]
         return Exchange(self, blocks[self.channel.rank], there, back, needs_grad, dtype)
@@ -179,14 +199,17 @@ class Exchange(NamedTuple):
 
         They are in the widest dtype of any rank's.
         """
-        dtype = agree_on_results(results, self.parallel.channel) if self.dtype is None else self.dtype
+        dtype = self.dtype
+        if dtype is None:
+            is_promised = self.parallel.equal_shapes
+            dtype = results[0].dtype if is_promised else agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(self._scaled(returning, 1 / self._scale), self.back)
 
     def fail(self, error: Exception, device: torch.device) -> None:
         """In place of `to_tokens` where experts raised an error: tell it to ranks that wait to agree on results."""
-        if self.dtype is None:
+        if self.dtype is None and not self.parallel.equal_shapes:
             tell_of_failure(error, self.parallel.channel, device)
 
     @property
@@ -264,3 +287,18 @@ def run_over_ranks(
         others = [expert for number, expert in enumerate(experts) if number not in parallel.experts]
         results[0] = used_for_nothing(results[0], *others)
     return exchange.to_tokens(results)
+
+
+def run_together(
+    module: nn.Module,
+    numbers: Sequence[int],
+    blocks: Sequence[Tensor],
+    parameters: Mapping[int, dict[str, Tensor]],
+) -> list[Tensor]:
+    """As a `Run`, by a module of all these experts: rows (t d) and int32 offsets, where those of each end -> (t d')."""
+    sizes = [block.shape[1] for block in blocks]
+    offsets = integers(accumulate(sizes), blocks[0].device).int()
+    places = {number: place for place, number in enumerate(numbers)}
+    own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
+    y = functional_call(module, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))
+    return list(y.unsqueeze(0).split(sizes, dim=1))

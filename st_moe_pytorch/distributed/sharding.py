@@ -36,7 +36,11 @@ class Shardable(Protocol):
 
 
 def shard_experts(
-    model: M, process_group_or_mesh: ProcessGroup | DeviceMesh | None = None, strategy: str | Strategy = "all_to_all"
+    model: M,
+    process_group_or_mesh: ProcessGroup | DeviceMesh | None = None,
+    strategy: str | Strategy = "all_to_all",
+    *,
+    equal_shapes: bool = False,
 ) -> M:
     """Keep on each rank, in place, only the experts that it owns, under their global names.
 
@@ -45,6 +49,10 @@ def shard_experts(
     process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
         experts are spread over the second one and replicated over the first, and gradients are averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
+    equal_shapes: a promise that in each forward, all ranks have tokens of one shape, dtype and mode. Nothing is agreed
+        on then, so that no host waits for its device: all slots of all experts travel, the empty ones too. A layer with
+        as many slots as tokens, such as one that drops nothing, raises ValueError; where the promise is broken, ranks
+        wait for each other until the timeout of their process group, or fail in its collectives.
 
     Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut
     expert are equal. A parameter that several experts have in common gets its gradient from all of them, whatever their
@@ -62,6 +70,7 @@ def shard_experts(
     tensors = {} if problem else {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     loaded = " and ".join(sorted({"on the meta device" if t.is_meta else "loaded" for t in tensors.values()}))
     entries = {"layer": agreed.layer, "problem": problem or "none", "strategy": strategy_name(strategy)}
+    entries["equal_shapes"] = str(equal_shapes)
     entries["weights (to be loaded before sharding on all ranks, or afterwards on all)"] = loaded
     entries |= {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
     require_agreement(entries, agreed)
@@ -72,9 +81,9 @@ def shard_experts(
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
         placement = Placement(layer.num_experts, channel.size)
-        parallels[name] = ExpertParallel(
-            channel, placement, strategy, True, *data_parallel, ties=ties_of(layer.experts, placement), model=number
-        )
+        ties = ties_of(layer.experts, placement)
+        parallel = ExpertParallel(channel, placement, strategy, True, *data_parallel, ties=ties, model=number)
+        parallels[name] = parallel._replace(equal_shapes=equal_shapes)
     for name, layer in layers.items():
         parallel = parallels[name]
         copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))

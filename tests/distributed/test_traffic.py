@@ -1,14 +1,16 @@
 """What travels between ranks: only rows that change rank, in two all-to-alls each way, and cut experts' gradients."""
 
 from contextlib import contextmanager
+from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from oracles import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import MoE
+from st_moe_pytorch import MoE, grouped
 from st_moe_pytorch.distributed import shard_experts
 from st_moe_pytorch.distributed.agreement import MESSAGE
 
@@ -108,6 +110,74 @@ def check_looks_at_data(rank, is_shared):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_hosts_wait_once_where_products_are_shared_and_twice_where_experts_are_called(workers, is_shared):
     workers.run(check_looks_at_data, is_shared)
+
+
+def check_equal_shapes(rank, num_experts, is_shared, strategy):
+    """The numbers of layers that agree on counts, with no look at data, and as many bytes as there are slots."""
+    ranks, looks, tolist = dist.get_world_size(), [], torch.Tensor.tolist
+    torch.manual_seed(0)
+    moe = MoE(DIM, num_experts, 2, gating_top_n=2, capacity_factor_train=1.25).double()
+    moe.gate.policy_train = "threshold"
+    other = deepcopy(moe)
+    shard_experts(moe, strategy=strategy), shard_experts(other, strategy=strategy, equal_shapes=True)
+    generator = torch.Generator().manual_seed(rank)
+    x, cotangent = (torch.randn(2, TOKENS, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(2, TOKENS, generator=generator) < 0.9
+
+    def looked(t):
+        looks.append(tuple(t.shape))
+        return tolist(t)
+
+    def run(layer):
+        inputs = [x.clone().requires_grad_(), *layer.parameters()]
+        outputs, loss, *_ = layer(inputs[0], mask=mask)
+        return outputs, *torch.autograd.grad((outputs * cotangent).sum() + loss, inputs, allow_unused=True)
+
+    with patch("st_moe_pytorch.experts.may_share_products", lambda t: is_shared):
+        expected = run(moe)
+        assert not moe.gate.route(x, mask=mask).kept.all()
+        # the operators on CPU look at offsets, as the kernel does not
+        with patch.object(grouped, "_blocks", wraps=grouped._blocks) as blocks:
+            blocks.side_effect = lambda offsets: enumerate(map(slice, [0, *tolist(offsets)], tolist(offsets)))
+            with (
+                recorded() as calls,
+                patch.object(torch.Tensor, "tolist", looked),
+                patch("st_moe_pytorch.checks.can_be_looked_at", lambda t: False),  # as on a device
+            ):
+                found = run(other)
+    assert looks == []
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, may_vanish=True)
+    assert all(t.any() for t in found[:2])
+    slots = 2 * num_experts * other.gate.capacity(TOKENS)
+    if strategy == "all_to_all" and num_experts % ranks == 0:
+        assert calls == [("all_to_all", slots * (ranks - 1) // ranks * DIM * 8)] * 4
+    assert not any(name.startswith("all_gather_object") for name, _ in calls)
+
+    other.gate.capacity_factor_train = None
+    with pytest.raises(ValueError, match=rf"equal_shapes needs experts with fewer slots .* got {TOKENS} slots for"):
+        other(x)
+    with pytest.raises(ValueError, match="x must be slots where ranks are promised equal shapes"):
+        other.experts(x[0], torch.full((num_experts,), TOKENS, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "is_shared", "strategy"),
+    [(4, True, "all_to_all"), (4, False, "all_to_all"), (5, True, "all_to_all"), (3, False, "all_gather")],
+)
+@pytest.mark.parametrize("workers", [1, 2, 3], indirect=True)
+def test_nobody_waits_where_all_ranks_promise_equal_shapes(workers, num_experts, is_shared, strategy):
+    workers.run(check_equal_shapes, num_experts, is_shared, strategy)
+
+
+def check_promises(rank):
+    with pytest.raises(RuntimeError, match="the ranks differ, where they must agree, in equal_shapes: True on rank 0"):
+        shard_experts(MoE(DIM, 4), equal_shapes=rank == 0)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_ranks_promise_equal_shapes_together(workers):
+    workers.run(check_promises)
 
 
 def check_cut_experts(rank):
