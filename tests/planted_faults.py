@@ -269,8 +269,8 @@ FAULTS = [
     Fault(
         "ranks agree on results that all have promised",
         "distributed/exchange.py",
-        "agree_on_results(results, self.parallel.channel) if self.dtype is None else self.dtype",
-        "agree_on_results(results, self.parallel.channel)",
+        "        if dtype is None:\n            dtype = agree",
+        "        if True:\n            dtype = agree",
         "distributed/test_traffic.py::"
         "test_hosts_wait_once_where_products_are_shared_and_twice_where_experts_are_called",
     ),
@@ -927,9 +927,9 @@ FAULTS = [
     ),
     Fault(
         "products that experts of a rank share pass over the sums for cut experts",
-        "experts.py",
-        "functional_call(self, own, (",
-        "functional_call(self, {}, (",
+        "distributed/exchange.py",
+        "functional_call(module, own, (",
+        "functional_call(module, {}, (",
         "distributed/test_exactness.py::test_products_that_experts_of_a_rank_share[2-5]",
     ),
     Fault(
@@ -2295,8 +2295,8 @@ FAULTS = [
     Fault(
         "ranks agree on results although they are promised equal shapes",
         "distributed/exchange.py",
-        "is_promised = self.parallel.equal_shapes",
-        "is_promised = False",
+        "dtype = results[0].dtype if self.parallel.equal_shapes else self.dtype",
+        "dtype = self.dtype",
         "distributed/test_traffic.py::test_nobody_waits_where_all_ranks_promise_equal_shapes",
     ),
     Fault(

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from st_moe_pytorch.compat import ProcessGroup
-from st_moe_pytorch.distributed.compat import group_named
+from st_moe_pytorch.distributed.compat import group_named, is_reentrant_checkpoint
 
 
 class Channel(NamedTuple):
@@ -231,3 +231,19 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], channel: Channel)
     output = x.new_empty(sum(received), *x.shape[1:])
     channel.call(dist.all_to_all_single, output, x.contiguous(), received, sent)
     return output
+
+
+def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
+    """Raise ValueError if an expert of several ranks, inputs -> y, is checkpointed by the kind that loses gradients."""
+    nodes: list[Any] = [y.grad_fn]
+    seen = {None, *(t.grad_fn for t in inputs)}
+    while nodes:
+        if (node := nodes.pop()) in seen:
+            continue
+        if is_reentrant_checkpoint(node):
+            raise ValueError(
+                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the "
+                "other kind computes its gradients apart, where those of the other ranks cannot be added"
+            )
+        seen.add(node)
+        nodes += [node for node, _ in node.next_functions]

@@ -5,7 +5,7 @@ Axes: e experts, r ranks, t rows, d width.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,14 @@ from st_moe_pytorch.distributed.agreement import (
     gather_counts,
     tell_of_failure,
 )
-from st_moe_pytorch.distributed.collectives import Channel, integers, join_replicas, scale_gradient, used_for_nothing
-from st_moe_pytorch.distributed.compat import is_reentrant_checkpoint
+from st_moe_pytorch.distributed.collectives import (
+    Channel,
+    integers,
+    join_replicas,
+    refuse_reentrant,
+    scale_gradient,
+    used_for_nothing,
+)
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
 from st_moe_pytorch.layouts import Layout
@@ -199,10 +205,9 @@ class Exchange(NamedTuple):
 
         They are in the widest dtype of any rank's.
         """
-        dtype = self.dtype
+        dtype = results[0].dtype if self.parallel.equal_shapes else self.dtype
         if dtype is None:
-            is_promised = self.parallel.equal_shapes
-            dtype = results[0].dtype if is_promised else agree_on_results(results, self.parallel.channel)
+            dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(self._scaled(returning, 1 / self._scale), self.back)
@@ -227,22 +232,6 @@ class Exchange(NamedTuple):
         strategy = self.parallel.strategy
         send = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         return send(rows, traffic, self.parallel.channel)
-
-
-def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:
-    """Raise ValueError if an expert of several ranks, inputs -> y, is checkpointed by the kind that loses gradients."""
-    nodes: list[Any] = [y.grad_fn]
-    seen = {None, *(t.grad_fn for t in inputs)}
-    while nodes:
-        if (node := nodes.pop()) in seen:
-            continue
-        if is_reentrant_checkpoint(node):
-            raise ValueError(
-                f"{name}, which several ranks hold, must be checkpointed with use_reentrant=False: the "
-                "other kind computes its gradients apart, where those of the other ranks cannot be added"
-            )
-        seen.add(node)
-        nodes += [node for node, _ in node.next_functions]
 
 
 def check_sizes(sizes: Sequence[int], length: int) -> None:
