@@ -34,6 +34,13 @@ def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
     return (_Linear.apply if may_be_derived(*inputs) else _Linear.forward)(*inputs, to_hidden)
 
 
+def empty_rows(t: Tensor, *shape: int) -> Tensor:
+    """An empty tensor of t's dtype and device, whose rows, along the last axis, begin on cache lines."""
+    padded = shape[-1] + -shape[-1] % (CACHE_LINE // t.element_size())
+    # no view of a wider tensor, since results of functions that are views cannot be changed in place
+    return t.new_empty_strided(shape, torch.empty(*shape[:-1], padded, device="meta").stride())
+
+
 @with_known_signature
 class _Linear(Function):
     @staticmethod
@@ -58,10 +65,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, is_aligned: bool) -> Ten
     """``a @ b + bias`` of a (..., i) and b (i o)."""
     if may_be_derived(a, b, bias):
         return F.linear(a, b.t(), bias)
-    *shape, width = *a.shape[:-1], b.shape[1]
-    padded = width + -width % (CACHE_LINE // a.element_size()) if is_aligned else width
-    # no view of a wider tensor, since results of functions that are views cannot be changed in place
-    y = a.new_empty_strided((*shape, width), torch.empty(*shape, padded, device="meta").stride())
-    rows, out = a.reshape(-1, a.shape[-1]), y.view(-1, width)
+    shape = *a.shape[:-1], b.shape[1]
+    y = empty_rows(a, *shape) if is_aligned else a.new_empty(shape)
+    rows, out = a.reshape(-1, a.shape[-1]), y.view(-1, shape[-1])
     _ = torch.mm(rows, b, out=out) if bias is None else torch.addmm(bias, rows, b, out=out)
     return y

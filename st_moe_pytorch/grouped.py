@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from st_moe_pytorch.aligned import empty_rows
 from st_moe_pytorch.compat import copy_each, fused
 
 MOST_GROUPS = 1023  # of CUDA's kernel
@@ -100,7 +101,7 @@ def grouped_linear_backward(
 
 @grouped_linear.register_fake
 def _empty_result(rows: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights[0].shape[0])
+    return _empty_rows(rows, weights, *weights[0].shape)
 
 
 @grouped_linear_backward.register_fake
@@ -110,7 +111,7 @@ def _empty_gradients(
     of_parameters, of_biases = asked
     e, (out, into) = len(weights), weights[0].shape
     return (
-        torch.empty_like(rows, memory_format=torch.contiguous_format),
+        _empty_rows(rows, weights, into, out),
         grad.new_empty(e if of_parameters else 0, out, into),
         grad.new_empty(e if of_biases else 0, out),
         grad.new_empty(e if of_parameters and scales else 0, into),
@@ -179,6 +180,12 @@ def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__:
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
 def _flops_of_gradients(grad: Any, rows: Any, weights: Any, *others: Any, **_: Any) -> int:
     return _flops(rows, weights) * (2 if others[2] else 1)
+
+
+def _empty_rows(rows: Tensor, weights: Sequence[Tensor], width: int, others: int) -> Tensor:
+    """(t width), in aligned rows on CPU if they are hidden units, which there are more of than of others."""
+    is_aligned = rows.device.type == "cpu" and width > others and not has_kernel(rows, len(weights))
+    return (empty_rows if is_aligned else torch.Tensor.new_empty)(rows, rows.shape[0], width)
 
 
 def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:

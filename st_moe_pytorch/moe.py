@@ -167,9 +167,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         check_tokens(x, self.dim, mask, route_by, draws)
         shape = x.shape
         x = _grouped(x, len(shape))
-        given: dict[str, Any] = {
-            name: _grouped(t, len(shape)) for name, t in given_only(mask=mask, route_by=route_by, draws=draws).items()
-        }
+        tensors = given_only(mask=mask, route_by=route_by, draws=draws)
+        given: dict[str, Any] = {name: _grouped(t, len(shape)) for name, t in tensors.items()}
         if is_dense(self.gate):
             decision = self.gate(x, noise_gates=noise_gates, noise_mult=noise_mult, **given)
             outputs, balance, z = self._by_dense_tensors(x, given.get("mask"), decision)
@@ -180,9 +179,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         if self.shared_expert is not None:
             outputs = outputs + self._shared(x, given.get("mask"), outputs.shape)
         outputs = outputs.to(x.dtype).reshape(*shape[:-1], outputs.shape[-1])
-        return MixtureOfExpertsReturn(
-            outputs, balance * self.balance_loss_coef + z * self.router_z_loss_coef, balance, z
-        )
+        total = balance * self.balance_loss_coef + z * self.router_z_loss_coef
+        return MixtureOfExpertsReturn(outputs, total, balance, z)
 
     def extra_repr(self) -> str:
         losses = f"balance_loss_coef={self.balance_loss_coef}, router_z_loss_coef={self.router_z_loss_coef}"
@@ -206,9 +204,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         padding = None if mask is None else ~mask.unsqueeze(-1)
         y = self.shared_expert(x if padding is None else x.masked_fill(padding, 0.0))
         if y.shape != shape:
-            raise ValueError(
-                f"shared_expert must return the shape of the experts' results, {tuple(shape)}, got {tuple(y.shape)}"
-            )
+            wanted = f"the shape of the experts' results, {tuple(shape)}"
+            raise ValueError(f"shared_expert must return {wanted}, got {tuple(y.shape)}")
         return y if padding is None else y.masked_fill(padding, 0.0)
 
     def _by_dense_tensors(
@@ -269,10 +266,8 @@ class SparseMoEBlock(Routed[MixtureOfExpertsReturn]):
         given = given_only(mask=mask, route_by=route_by, draws=draws)
         routed, *losses = self.moe(self.moe_prenorm(x), noise_gates, noise_mult, **given)
         if routed.shape != x.shape:
-            raise ValueError(
-                f"experts must keep the width of {x.shape[-1]} in a block, "
-                f"which adds their output to x, got {routed.shape[-1]}"
-            )
+            wanted = f"the width of {x.shape[-1]} in a block, which adds their output to x"
+            raise ValueError(f"experts must keep {wanted}, got {routed.shape[-1]}")
         x = routed + x
         if self.ff_after is not None:
             x = self.ff_after(x) + x

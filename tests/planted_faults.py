@@ -354,8 +354,8 @@ FAULTS = [
     Fault(
         "hidden units stand in rows as wide as they are",
         "aligned.py",
-        "padded = width + -width % (CACHE_LINE // a.element_size()) if is_aligned else width",
-        "padded = width",
+        "padded = shape[-1] + -shape[-1] % (CACHE_LINE // t.element_size())",
+        "padded = shape[-1]",
         "test_aligned.py::test_hidden_units_and_their_gradients_begin_on_cache_lines",
     ),
     Fault(
@@ -2319,6 +2319,13 @@ FAULTS = [
         '    entries["equal_shapes"] = str(equal_shapes)\n',
         "",
         "distributed/test_traffic.py::test_ranks_promise_equal_shapes_together",
+    ),
+    Fault(
+        "hidden units of shared products stand in rows as wide as they are",
+        "grouped.py",
+        'is_aligned = rows.device.type == "cpu" and width > others',
+        "is_aligned = False",
+        "test_grouped.py::test_hidden_units_of_shared_products_begin_on_cache_lines",
     ),
 ]
 

@@ -36,7 +36,7 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 # imports only point up this list
 ORDER = [
     *("compat", "checks", "topk", "losses", "layouts", "routing"),
-    *("gate", "gating", "expert_choice", "grouped", "aligned", "layers"),
+    *("gate", "gating", "expert_choice", "aligned", "grouped", "layers"),
     *(
         "distributed.compat",
         "distributed.placement",
