@@ -157,8 +157,7 @@ class Gate(Routed[DenseRouting]):
             raise ValueError(
                 f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes"
             )
-        if choices is None:
-            choices = replayed(self, x, mask)
+        choices = replayed(self, x, mask) if choices is None else choices
         given: dict[str, Any] = {} if choices is None else {"choices": choices}
         features = x if route_by is None else route_by
         if mask is not None:

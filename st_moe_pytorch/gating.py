@@ -156,17 +156,13 @@ class TopNGating(Gate):
         real = None if mask is None else mask.reshape(groups)
         clean = logits.reshape(*groups, e)
         scores = self.scores(clean if noised is None else noised.reshape(*groups, e))
-        if choices is None:
-            best = self.topk(scores, k=k)
-        else:
-            choices = choices.fitted((b, n, k), e, groups)
-            best = self.topk(scores, k=k, indices=choices.indices)
+        choices = None if choices is None else choices.fitted((b, n, k), e, groups)
+        best = self.topk(scores, k=k, indices=None if choices is None else choices.indices)
         gates = self._normalised(best)
         asked = self._asked(gates.detach(), real, draws)  # in a replay too, so that later draws are those of a free run
         if choices is None:
-            first, order = best.values[..., 0], None
-            if self.priority == "gate":
-                order = first.argsort(dim=1, descending=True, stable=True)
+            first = best.values[..., 0]
+            order = first.argsort(dim=1, descending=True, stable=True) if self.priority == "gate" else None
             slots = assign_slots(best.indices, asked, e, order, by_token=self.priority == "token")
             capacity = self.capacity(groups[1])
             kept = asked & (slots < capacity)

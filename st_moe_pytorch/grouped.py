@@ -13,6 +13,7 @@ takes a product for each expert and looks at the offsets, once each way, which a
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.aligned import empty_rows
 from st_moe_pytorch.compat import copy_each, fused
+
+STACKS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""Tensors of matrices that stand side by side, by address. Each lives as long as the memory of any of its matrices."""
 
 MOST_GROUPS = 1023  # of CUDA's kernel
 ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multiples of
@@ -201,15 +205,11 @@ def _scaled(rows: Tensor, scales: Sequence[Tensor], j: int) -> Tensor:
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """``left.T @ right`` of the rows of each expert: (t o), (t i) -> (e o i), zero for those without rows."""
     products = F.grouped_mm(left.t(), right, offs=offsets)
-    if not _writes_zeros(left):
+    # Hopper's kernel writes these zeros, Blackwell's does not
+    if not left.is_cuda or torch.cuda.get_device_capability(left.device)[0] != 9:
         is_empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
         products.masked_fill_(is_empty.view(-1, 1, 1), 0.0)
     return products
-
-
-def _writes_zeros(t: Tensor) -> bool:
-    """Whether the kernel gives experts without rows their zeros: Hopper's does, Blackwell's leaves them unwritten."""
-    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] == 9
 
 
 def _without_last(y: Tensor, offsets: Tensor) -> Tensor:
@@ -257,19 +257,25 @@ def _aligned(rows: Tensor) -> Tensor:
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors as one (e ...), without a copy, if memory holds them in a row, aligned, and nothing else."""
-    first = tensors[0]
-    start, size = first.untyped_storage().data_ptr(), first.numel() * first.element_size()
-    if first.untyped_storage().nbytes() != len(tensors) * size or any(n % ALIGNMENT for n in first.shape):
+    """All of the tensors as one (e ...), without a copy, if `put_side_by_side` has put these, and no others, there."""
+    stack = STACKS.get(tensors[0].data_ptr())
+    if stack is None or stack.dtype != tensors[0].dtype or stack.shape != (len(tensors), *tensors[0].shape):
         return None
-    if any(not t.is_contiguous() or t.data_ptr() != start + i * size for i, t in enumerate(tensors)):
-        return None
-    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    places = range(stack.data_ptr(), stack.data_ptr() + stack.nbytes, tensors[0].nbytes)
+    is_there = all(t.is_contiguous() and t.data_ptr() == at for t, at in zip(tensors, places, strict=True))
+    return stack if is_there else None
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
-    """Move parameters of one shape, dtype and device to where `side_by_side` finds them."""
-    if side_by_side(parameters) is None and len(set(parameters)) == len(parameters):
-        for parameter, place in zip(parameters, torch.stack(list(parameters)), strict=True):
-            parameter.data = place
+    """Move parameters of one shape, dtype and device into one tensor, if the kernel can read it.
+
+    Each gets a storage of its own there, since those that share one would pass for tied parameters.
+    """
+    is_aligned = all(size % ALIGNMENT == 0 for size in parameters[0].shape)
+    if is_aligned and len(set(parameters)) == len(parameters) and side_by_side(parameters) is None:
+        stack = torch.stack(list(parameters))
+        STACKS[stack.data_ptr()] = stack
+        for parameter, place in zip(parameters, stack.unbind(), strict=True):
+            parameter.data = torch.from_dlpack(place)

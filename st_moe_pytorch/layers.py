@@ -237,7 +237,7 @@ def is_like(module: nn.Module, plain: nn.Module) -> bool:
         and own.get("p") == others.get("p")
         and "forward" not in own
         and not has_hooks(module)
-        and len(children) == len(models)
+        and (len(children), len(parameters)) == (len(models), len(wanted))
         and all(map(_are_alike, parameters.values(), wanted.values()))
         and all(map(is_like, children.values(), models.values()))
     )

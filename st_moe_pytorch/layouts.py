@@ -128,20 +128,21 @@ class _Gather(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, gates, *table = inputs
-        ctx.save_for_backward(*((None, None) if gates is None else (x, output)), gates, *table)
-        ctx.save_for_forward(None if gates is None else x, None, gates, *table)
+        ctx.save_for_backward(None if gates is None else output, gates, *table)
+        ctx.save_for_forward(None if gates is None else x, gates, *table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, rows, gates, *table = ctx.saved_tensors
-        places = table[-1]
+        rows, gates, *table = ctx.saved_tensors
+        _, choices, places = table
         is_sent = (places < grad.shape[0] - 1).to(grad.dtype)
         if gates is None or not ctx.needs_input_grad[1]:
             return _sum_choices(grad, is_sent, *table), None, None, None, None
-        if _is_last(grad, x, gates) and is_fused(grad) and places.shape[1] <= MOST_UNROLLED:
-            return *_gradients_of_gather(grad, x, is_sent, places), None, None, None
-        if not _is_last(grad, x, gates):
-            rows, is_sent = _gather(x, None, *table), is_sent * (1 + (gates - gates.detach()))
+        if not _is_last(grad, rows, gates):
+            scale = 1 + (gates - gates.detach())
+            rows, is_sent = rows / _at_choices(scale, choices, 1.0).to(rows.dtype), is_sent * scale
+        elif is_fused(grad) and places.shape[1] <= MOST_UNROLLED:
+            return *_gradients_of_gather(grad, rows, is_sent, places), None, None, None
         dgates = _at_places(torch.linalg.vecdot(grad, rows).to(gates.dtype), places)
         return _sum_choices(grad, is_sent, *table).to(grad.dtype), dgates, None, None, None
 
@@ -149,7 +150,7 @@ class _Gather(Function):
 class _EagerGather(_Gather):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
-        x, _, gates, *table = ctx.saved_tensors
+        x, gates, *table = ctx.saved_tensors
         tangents = [] if dx is None else [_gather(dx, gates, *table)]
         if dgates is not None:
             tangents.append(_gather(x, None, *table) * _at_choices(dgates, table[1]).to(x.dtype))
@@ -170,15 +171,15 @@ def _sum_each(y: Tensor, gates: Tensor, places: Tensor, dtype: torch.dtype) -> T
 
 
 @fused
-def _gradients_of_gather(grad: Tensor, x: Tensor, is_sent: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_of_gather(grad: Tensor, rows: Tensor, is_sent: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of tokens (N d) and of gates (N k), in one kernel that reads those of rows once."""
     wide = torch.promote_types(grad.dtype, torch.float32)
-    total, dgates = torch.zeros_like(x, dtype=wide), []
+    total, dgates = torch.zeros(places.shape[0], grad.shape[1], dtype=wide, device=grad.device), []
     for j in range(places.shape[1]):
-        rows = grad.index_select(0, places[:, j]).to(wide) * is_sent[:, j : j + 1]
-        total = total + rows
-        dgates.append((rows * x).sum(dim=-1))
-    return total.to(x.dtype), torch.stack(dgates, dim=-1)
+        drows = grad.index_select(0, places[:, j]).to(wide) * is_sent[:, j : j + 1]
+        total = total + drows
+        dgates.append((drows * rows.index_select(0, places[:, j])).sum(dim=-1))
+    return total.to(grad.dtype), torch.stack(dgates, dim=-1)
 
 
 @fused
@@ -262,6 +263,6 @@ def _at_places(of_rows: Tensor, places: Tensor) -> Tensor:
     return of_rows.index_select(0, places.flatten()).view(places.shape)
 
 
-def _at_choices(of_choices: Tensor, choices: Tensor) -> Tensor:
-    """Numbers (N k) of choices -> (t 1) of the rows they stand in, 0 where none does."""
-    return F.pad(of_choices.flatten(), (0, 1)).index_select(0, choices).unsqueeze(-1)
+def _at_choices(of_choices: Tensor, choices: Tensor, nobody: float = 0.0) -> Tensor:
+    """Numbers (N k) of choices -> (t 1) of the rows they stand in, or nobody's number where none does."""
+    return F.pad(of_choices.flatten(), (0, 1), value=nobody).index_select(0, choices).unsqueeze(-1)

@@ -138,8 +138,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
             names = signature(TopNGating).parameters
             # eps so small that gates sum to 1 in float64 too
             settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
-            settings |= {"capacity_factor_train": None, "capacity_factor_eval": None}
-            settings |= {"top_n": arguments.pop("gating_top_n", 2)}
+            top_n = arguments.pop("gating_top_n", 2)
+            settings |= {"capacity_factor_train": None, "capacity_factor_eval": None, "top_n": top_n}
             settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}
             gate = TopNGating(dim, num_experts, **settings)
         return cls(dim, num_experts, experts=dense_copies(ffn, num_experts, noise), gate=gate, **arguments)

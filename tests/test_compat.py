@@ -249,7 +249,7 @@ def test_fused_functions_give_their_numbers_compiled_too():
     for function, *inputs in (
         (layouts._sum_each, y, gates, places, torch.float32),
         (layouts._gradients_of_sum, torch.randn(tokens, d), y, torch.rand(rows + 1, 1), of_tokens),
-        (layouts._gradients_of_gather, y, torch.randn(tokens, d), (torch.rand(tokens, k) < 0.8).float(), places),
+        (layouts._gradients_of_gather, y, torch.randn(rows + 1, d), (torch.rand(tokens, k) < 0.8).float(), places),
         (layers._gated_gelu, z, torch.rand(d)),
         (grouped._add_bias, z, torch.randn(3, 2 * d), offsets),
     ):

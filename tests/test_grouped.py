@@ -332,18 +332,16 @@ def test_parameters_that_moved_are_copied_until_they_are_flattened_again(change)
     with kernel_on_cpu():
         experts.flatten_parameters()
     assert is_flat(experts)
-    weights = [expert.net[0].weight for expert in experts.experts if expert is not None]
-    assert weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights), "what was cut takes no memory"
 
 
 def test_experts_that_are_cut_take_no_memory():
-    experts = flat()
+    experts, before = flat(), len(grouped.STACKS)
     with kernel_on_cpu():
         experts.shard(SimpleNamespace(experts=range(1, 3)))
     assert is_flat(experts)
     weights = [expert.net[0].weight for expert in experts.experts if expert is not None]
-    assert len(weights) == 2
-    assert weights[0].untyped_storage().nbytes() == 2 * weights[0].nbytes
+    assert len(grouped.side_by_side(weights)) == 2
+    assert len(grouped.STACKS) == before
 
 
 def test_a_parameter_that_experts_have_in_common_stays():
@@ -365,24 +363,56 @@ def test_a_copy_and_a_checkpoint_of_flat_parameters(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "experts.pt", weights_only=True))
     for each in (copy, other):
         assert all(map(torch.equal, each.parameters(), experts.parameters()))
+    storages = [parameter.untyped_storage() for parameter in experts.parameters()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages), "nobody takes them for tied"
+    assert all(storage.nbytes() == p.nbytes for storage, p in zip(storages, experts.parameters(), strict=True))
     with torch.no_grad():
         next(copy.parameters()).zero_()
     assert next(experts.parameters()).any()
 
 
 def test_what_memory_does_not_hold_in_a_row_is_not_side_by_side():
-    stack = torch.randn(3, 8, 8)
-    assert torch.equal(grouped.side_by_side(stack.unbind()), stack)
-    assert grouped.side_by_side(stack.unbind()).data_ptr() == stack.data_ptr()
+    values = torch.randn(3, 8, 8)
+    parameters = [nn.Parameter(value.clone()) for value in values]
+    assert grouped.side_by_side(parameters) is None
+    grouped.put_side_by_side(parameters)
+    stack = grouped.side_by_side(parameters)
+    assert torch.equal(stack, values)
+    assert stack.data_ptr() == parameters[0].data_ptr()
+    first, *others = parameters
     for tensors in (
-        stack[:2].unbind(),
-        stack.transpose(1, 2).unbind(),
-        stack.unbind()[::-1],
-        torch.randn(3, 8, 7).unbind(),
-        [t.clone() for t in stack],
-        [*stack[:2], stack[2].clone()],
+        parameters[:2],
+        [first, *others[::-1]],
+        [first, others[0], others[1].detach().clone()],
+        [t.t() for t in parameters],
+        [t.view(torch.int32) for t in parameters],
+        values.clone().unbind(),
     ):
         assert grouped.side_by_side(tensors) is None
+    odd = [nn.Parameter(torch.randn(8, 7)) for _ in range(2)]
+    grouped.put_side_by_side(odd)
+    assert grouped.side_by_side(odd) is None
+
+
+def test_memory_that_nobody_has_any_more_is_free():
+    parameters = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+    before = len(grouped.STACKS)
+    grouped.put_side_by_side(parameters)
+    for parameter in parameters:
+        assert len(grouped.STACKS) == before + 1
+        parameter.data = parameter.data.clone()
+    assert len(grouped.STACKS) == before
+
+
+def test_parameters_that_are_moved_in_inference_mode_can_be_trained():
+    experts = deepcopy(flat())
+    rows, ends = torch.randn(10, 8), torch.tensor([3, 3, 7, 9], dtype=torch.int32)
+    with kernel_on_cpu():
+        with torch.inference_mode():
+            experts.float()
+        assert is_flat(experts)
+        run_shared(experts.experts, rows, ends)[:9].sum().backward()
+    assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 6), (0, 3, 4, 6)])
@@ -481,6 +511,8 @@ def test_experts_of_other_shapes_and_classes_are_not_alike():
     assert not are_alike(Experts([Expert(6, 2), Expert(6, 3)]).experts)
     assert not are_alike(Experts([Expert(6, 2, dropout=0.1), Expert(6, 2, dropout=0.2)]).experts)
     assert not are_alike(Experts([nn.Linear(6, 6), nn.Linear(6, 6)]).experts)
+    assert not are_alike(Experts([Expert(6, 2), Expert(6, 2, mult_bias=False)]).experts)
+    assert not are_alike(Experts([Expert(6, 2, mult_bias=False), Expert(6, 2)]).experts)
 
 
 class Operations(TorchDispatchMode):

@@ -55,7 +55,7 @@ def gather_counts(
         rest = _gather_integers(message[MESSAGE:], channel)
         gathered = [line + more for line, more in zip(gathered, rest, strict=True)]
     is_promised = NO_NUMBER not in codes and len(set(widths)) == 1
-    dtype = _widest({DTYPES[code] for code in codes}) if is_promised else None
+    dtype = widest({DTYPES[code] for code in codes}) if is_promised else None
     return [line[start:end] for line in gathered], any(needed), dtype
 
 
@@ -124,7 +124,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
     dtype is none of a real number.
     """
     dtypes, width = {result.dtype for result in results}, results[0].shape[-1]
-    code = DTYPES.index(_widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
+    code = DTYPES.index(widest(dtypes)) if dtypes <= set(DTYPES) else NO_NUMBER
     gathered = _gather_integers(integers([code, width], results[0].device), channel)
     codes, widths = (set(column) for column in zip(*gathered, strict=True))
     if FAILED in codes:
@@ -137,7 +137,7 @@ def agree_on_results(results: Sequence[Tensor], channel: Channel) -> torch.dtype
         entries = {"width of the experts' results": str(width), "dtype of the experts' results": names}
         require_agreement({"layer": channel.layer, **entries}, channel)
         raise RuntimeError(f"{channel.layer}: the experts' results must be of one of the dtypes {DTYPES}, got {names}")
-    return _widest({DTYPES[code] for code in codes})
+    return widest({DTYPES[code] for code in codes})
 
 
 def tell_of_failure(error: Exception, channel: Channel, device: torch.device) -> None:
@@ -146,7 +146,7 @@ def tell_of_failure(error: Exception, channel: Channel, device: torch.device) ->
     gather_objects(f"{type(error).__name__}: {error}", channel)
 
 
-def _widest(dtypes: set[torch.dtype]) -> torch.dtype:
+def widest(dtypes: set[torch.dtype]) -> torch.dtype:
     widest, *others = dtypes
     for dtype in others:
         widest = torch.promote_types(widest, dtype)

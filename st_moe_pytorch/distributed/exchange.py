@@ -18,6 +18,7 @@ from st_moe_pytorch.distributed.agreement import (
     agree_with_replicas,
     gather_counts,
     tell_of_failure,
+    widest,
 )
 from st_moe_pytorch.distributed.collectives import (
     Channel,
@@ -64,7 +65,7 @@ class ExpertParallel(NamedTuple):
     model: str = ""
     """Tells models apart whose layers have the same names."""
     equal_shapes: bool = False
-    """Whether tokens, dtypes and what needs gradients are alike on all ranks, so that nothing has to be agreed on."""
+    """Whether shapes, dtypes and modes are alike on all ranks, so that nothing has to be agreed on."""
 
     @property
     def experts(self) -> range:
@@ -127,7 +128,7 @@ class ExpertParallel(NamedTuple):
         if self.equal_shapes:
             # the slots of all experts, as many of each on every rank
             size = [len(rows) // self.placement.num_experts] * self.placement.num_experts
-            return self._exchange([size] * self.placement.num_ranks, needs_grad, promised and promised.dtype)
+            return self._exchange([size] * self.placement.num_ranks, torch.is_grad_enabled(), None)
         agreement, problem = self._agreement(rows), None
         if self.data_parallel is not None and torch.is_grad_enabled():
             names = [copy.name for copy in copies]
@@ -205,7 +206,7 @@ class Exchange(NamedTuple):
 
         They are in the widest dtype of any rank's.
         """
-        dtype = results[0].dtype if self.parallel.equal_shapes else self.dtype
+        dtype = widest({result.dtype for result in results}) if self.parallel.equal_shapes else self.dtype
         if dtype is None:
             dtype = agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]

@@ -49,8 +49,9 @@ def shard_experts(
     process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
         experts are spread over the second one and replicated over the first, and gradients are averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
-    equal_shapes: a promise that in each forward, all ranks have tokens of one shape, dtype and mode. Nothing is agreed
-        on then, so that no host waits for its device: all slots of all experts travel, the empty ones too. A layer with
+    equal_shapes: a promise that in each forward, all ranks have tokens of one shape and dtype, record gradients or do
+        not, and get results of one dtype from their experts. Nothing is agreed on then, so that no host waits for its
+        device: all slots of all experts travel, the empty ones too. A layer with
         as many slots as tokens, such as one that drops nothing, raises ValueError; where the promise is broken, ranks
         wait for each other until the timeout of their process group, or fail in its collectives.
 

@@ -170,6 +170,43 @@ def test_nobody_waits_where_all_ranks_promise_equal_shapes(workers, num_experts,
     workers.run(check_equal_shapes, num_experts, is_shared, strategy)
 
 
+class Wide(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float()).double()
+
+
+def check_frozen_elsewhere(rank):
+    torch.manual_seed(0)
+    moe = MoE(DIM, 4, 2, capacity_factor_train=1.0).requires_grad_(False)
+    moe.experts.experts[0].requires_grad_(True)
+    shard_experts(moe, equal_shapes=True)
+    moe(torch.randn(2, TOKENS, DIM)).outputs.sum().backward()
+    if rank == 0:
+        assert all(parameter.grad.any() for parameter in moe.experts.experts[0].parameters())
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_experts_of_some_ranks_alone_may_be_trained_with_equal_shapes(workers):
+    workers.run(check_frozen_elsewhere)
+
+
+def check_several_dtypes(rank):
+    torch.manual_seed(0)
+    experts = [Wide(DIM, DIM) if i % 2 else torch.nn.Linear(DIM, DIM) for i in range(4)]
+    moe = MoE(DIM, 4, experts=experts, capacity_factor_train=1.0)
+    moe.gate.policy_train = "threshold"
+    other, x = deepcopy(moe), torch.randn(2, TOKENS, DIM)
+    shard_experts(moe), shard_experts(other, equal_shapes=True)
+    found, expected = (each.experts(x.view(1, 4, -1, DIM)) for each in (other, moe))
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_results_of_several_dtypes_with_equal_shapes(workers):
+    workers.run(check_several_dtypes)
+
+
 def check_promises(rank):
     with pytest.raises(RuntimeError, match="the ranks differ, where they must agree, in equal_shapes: True on rank 0"):
         shard_experts(MoE(DIM, 4), equal_shapes=rank == 0)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch import MoE
+from st_moe_pytorch.grouped import side_by_side
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from harness import Workers
+from test_grouped import kernel_on_cpu
 
 
 class Model(nn.Module):
@@ -81,3 +85,21 @@ def test_two_processes_equal_one():
     for state in states:
         assert (state["mlp.moe.gate.to_gates.weight"] - start["mlp.moe.gate.to_gates.weight"]).abs().max() > 1e-4
         torch.testing.assert_close(state, model.state_dict(), rtol=1e-12, atol=1e-14)
+
+
+def test_matrices_that_stand_side_by_side_are_saved_as_others_are(tmp_path):
+    """Savers take parameters of one storage for tied ones, and drop or refuse them."""
+    accelerate, safetensors = pytest.importorskip("accelerate"), pytest.importorskip("safetensors.torch")
+    moe, fresh = (MoE(8, 4, expert_hidden_mult=3) for _ in range(2))
+    with kernel_on_cpu():
+        moe.float()
+    assert side_by_side([expert.net[0].weight for expert in moe.experts.experts]) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate.Accelerator(cpu=True).save_model(moe, tmp_path)
+    accelerate.load_checkpoint_in_model(fresh, tmp_path)
+    assert all(map(torch.equal, fresh.state_dict().values(), moe.state_dict().values()))
+    safetensors.save_model(moe, str(tmp_path / "moe.safetensors"))
+    other = MoE(8, 4, expert_hidden_mult=3)
+    safetensors.load_model(other, str(tmp_path / "moe.safetensors"))
+    assert all(map(torch.equal, other.parameters(), moe.parameters()))
