@@ -11,7 +11,7 @@ that have it. It reads all matrices from one tensor: a copy of them, unless they
 takes a product for each expert and looks at the offsets, once each way, which an accelerator has to be waited for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -52,14 +52,14 @@ def grouped_linear(
         y = F.grouped_mm(_aligned(rows), _scaled_stack(weights, scales, rows.dtype)[0].transpose(1, 2), offs=offsets)
         y = y[:, : len(weights[0])].contiguous()
         return _without_last(_add_bias(y, _stack(biases, y.dtype)[:, : y.shape[1]], offsets) if biases else y, offsets)
-    y = _empty_result(rows, weights)
-    for j, block in _blocks(offsets):
+    y, blocks = _empty_result(rows, weights), _blocks(offsets)
+    for j, block in enumerate(blocks):
         matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
         if biases:
             torch.addmm(biases[j].to(y.dtype), inputs, matrix, out=y[block])
         else:
             torch.mm(inputs, matrix, out=y[block])
-    y[offsets[-1] :] = 0
+    y[blocks[-1].stop :] = 0
     return y
 
 
@@ -88,8 +88,8 @@ def grouped_linear_backward(
             dbiases = _outer(grad, rows.new_ones(len(rows), ALIGNMENT), offsets)[:, :out, 0].contiguous()
         return drows, dweights, dbiases, dscales
     found = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters, of_biases)
-    drows, dweights, dbiases, dscales = found
-    for j, block in _blocks(offsets):
+    (drows, dweights, dbiases, dscales), blocks = found, _blocks(offsets)
+    for j, block in enumerate(blocks):
         torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
         if of_parameters:
             torch.mm(grad[block].t(), _scaled(rows[block], scales, j), out=dweights[j])
@@ -99,7 +99,7 @@ def grouped_linear_backward(
             if of_parameters:
                 torch.sum(drows[block] * rows[block], 0, out=dscales[j])
             drows[block] *= scales[j].to(rows.dtype)
-    drows[offsets[-1] :] = 0
+    drows[blocks[-1].stop :] = 0
     return found
 
 
@@ -192,10 +192,10 @@ def _empty_rows(rows: Tensor, weights: Sequence[Tensor], width: int, others: int
     return (empty_rows if is_aligned else torch.Tensor.new_empty)(rows, rows.shape[0], width)
 
 
-def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Every expert and the slice of its rows."""
+def _blocks(offsets: Tensor) -> list[slice]:
+    """Every expert's rows, by one look at the offsets."""
     ends = offsets.tolist()
-    return enumerate(map(slice, [0, *ends], ends))
+    return list(map(slice, [0, *ends], ends))
 
 
 def _scaled(rows: Tensor, scales: Sequence[Tensor], j: int) -> Tensor:

@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "the loop leaves rows behind the last expert's unwritten",
         "grouped.py",
-        "    drows[offsets[-1] :] = 0\n",
+        "    drows[blocks[-1].stop :] = 0\n",
         "",
         "test_grouped.py::test_product_is_its_definition",
     ),

@@ -445,6 +445,18 @@ def test_hidden_units_of_shared_products_begin_on_cache_lines(dtype):
     assert [t.stride() for t in (down, drows)] == [(6, 1)] * 2
 
 
+def test_a_product_without_the_kernel_looks_at_offsets_once_each_way(monkeypatch):
+    rows, weights, biases, scales, offsets = problem()
+    looks = []
+    for name in ("tolist", "__index__", "__int__", "item", "__bool__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, name=name, real=real: looks.append(name) or real(t))
+    y = grouped_linear(rows, weights, biases, scales, offsets)
+    assert looks == ["tolist"]
+    torch.autograd.grad(y, [rows, *weights], torch.zeros_like(y))
+    assert looks == ["tolist"] * 2
+
+
 def test_dropout_is_drawn_for_every_row():
     experts = alike(dropout=0.5)
     for expert in experts.experts:

@@ -138,7 +138,7 @@ def check_equal_shapes(rank, num_experts, is_shared, strategy):
         assert not moe.gate.route(x, mask=mask).kept.all()
         # the operators on CPU look at offsets, as the kernel does not
         with patch.object(grouped, "_blocks", wraps=grouped._blocks) as blocks:
-            blocks.side_effect = lambda offsets: enumerate(map(slice, [0, *tolist(offsets)], tolist(offsets)))
+            blocks.side_effect = lambda offsets: list(map(slice, [0, *tolist(offsets)], tolist(offsets)))
             with (
                 recorded() as calls,
                 patch.object(torch.Tensor, "tolist", looked),
