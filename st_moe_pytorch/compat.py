@@ -41,7 +41,7 @@ def may_be_derived(*tensors: Tensor | float | None) -> bool:
     """Whether results of these tensors may be differentiated, in reverse or forward mode, or many at a time."""
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
-    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed() or _is_derived_forward():
         return True
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -122,7 +122,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_watched() -> bool:
     """Whether hooks of all modules, modes of operators or forward-mode derivatives are on, as of tracers."""
     is_on = nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
-    return bool(is_on) or torch.autograd.forward_ad._current_level >= 0
+    return bool(is_on) or _is_derived_forward()
+
+
+def _is_derived_forward() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:

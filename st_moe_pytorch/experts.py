@@ -176,10 +176,8 @@ class Experts(nn.Module):
             placed = [self.experts[number] for number in parallel.experts]
             if may_share_products(rows) and are_alike(shared := SharedProducts(placed)):
                 *_, last = shared.parameters()  # of the last matrix, as wide as the results
-                run, promised = (
-                    partial(run_together, shared),
-                    Results(autocast_dtype(rows.device.type) or rows.dtype, len(last)),
-                )
+                run = partial(run_together, shared)
+                promised = Results(autocast_dtype(rows.device.type) or rows.dtype, len(last))
             y = [run_over_ranks(self.experts, rows, offsets, parallel, run, promised).unsqueeze(0)]
         rest = y[0].new_zeros(1, len(rows) - sum(part.shape[1] for part in y), y[0].shape[-1])
         return torch.cat([*y, rest], dim=1).squeeze(0)

@@ -183,7 +183,8 @@ def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__:
 
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
 def _flops_of_gradients(grad: Any, rows: Any, weights: Any, *others: Any, **_: Any) -> int:
-    return _flops(rows, weights) * (2 if others[2] else 1)
+    _scales, _offsets, of_parameters, _of_biases = others
+    return _flops(rows, weights) * (2 if of_parameters else 1)
 
 
 def _empty_rows(rows: Tensor, weights: Sequence[Tensor], width: int, others: int) -> Tensor:

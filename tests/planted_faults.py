@@ -2369,6 +2369,62 @@ FAULTS = [
         "rows",
         "test_layouts.py::test_straight_through_is_the_derivative_of_scaling_by_one",
     ),
+    Fault(
+        "widths of compiled kernels may vary",
+        "compat.py",
+        "        torch._dynamo.mark_static(t, dim)\n",
+        "        pass\n",
+        "test_compat.py::test_compiled_functions_take_any_number_of_rows_but_know_their_widths",
+    ),
+    Fault(
+        "tensors of a caller are marked for the compiler",
+        "compat.py",
+        "    t = t.detach()\n    for dim",
+        "    for dim",
+        "test_compat.py::test_compiled_functions_take_any_number_of_rows_but_know_their_widths",
+    ),
+    Fault(
+        "the kernel's gradients of scales are those of weights",
+        "grouped.py",
+        "(grad * matrices).sum(1)",
+        "grad.sum(1)",
+        "test_grouped.py::test_product_is_its_definition",
+    ),
+    Fault(
+        "the kernel's matrices are not scaled",
+        "grouped.py",
+        "return matrices * scales.unsqueeze(1)",
+        "return matrices * 1",
+        "test_grouped.py::test_product_is_its_definition",
+    ),
+    Fault(
+        "the kernel leaves the last row unwritten",
+        "grouped.py",
+        "    y[-1:].masked_fill_(offsets[-1] < len(y), 0.0)\n",
+        "",
+        "test_grouped.py::test_product_is_its_definition",
+    ),
+    Fault(
+        "experts that are moved stay where their matrices were",
+        "experts.py",
+        "        self.flatten_parameters()\n        return self\n",
+        "        return self\n",
+        "test_grouped.py::test_parameters_side_by_side_are_what_they_were",
+    ),
+    Fault(
+        "a product without the kernel looks at offsets twice",
+        "grouped.py",
+        "    y[blocks[-1].stop :] = 0\n",
+        "    y[offsets[-1] :] = 0\n",
+        "test_grouped.py::test_a_product_without_the_kernel_looks_at_offsets_once_each_way",
+    ),
+    Fault(
+        "operators that are counted forget the gradients of parameters",
+        "grouped.py",
+        "(2 if of_parameters else 1)",
+        "1",
+        "test_grouped.py::test_flops_of_the_layer_are_counted",
+    ),
 ]
 
 

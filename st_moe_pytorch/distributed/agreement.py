@@ -1,6 +1,7 @@
 """What ranks have to agree on, and the one error that all of them raise where they do not. Axes: e experts, r ranks."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -147,7 +148,5 @@ def tell_of_failure(error: Exception, channel: Channel, device: torch.device) ->
 
 
 def widest(dtypes: set[torch.dtype]) -> torch.dtype:
-    widest, *others = dtypes
-    for dtype in others:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    """The dtype that all of these, at least one, can be cast to without loss."""
+    return reduce(torch.promote_types, dtypes)

@@ -109,14 +109,14 @@ class ExpertParallel(NamedTuple):
     def exchange(
         self,
         rows: Tensor,
-        counts: Tensor,
+        offsets: Tensor,
         needs_grad: bool,
         copies: Sequence[Copy] = (),
         promised: Results | None = None,
     ) -> "Exchange":
         """What travels in one forward of a layer, agreed on by all ranks.
 
-        rows (t d) sorted by expert, counts (e) int64: how many of them each expert gets.
+        rows (t d) sorted by expert, offsets (e): where those of each expert end.
         needs_grad: whether this rank needs gradients. If any does, all take part in the backward.
         """
         if self.channel.size != self.placement.num_ranks:
@@ -135,6 +135,8 @@ class ExpertParallel(NamedTuple):
             needs_grad, problem = agree_with_replicas(names, needs_grad, self.data_parallel, rows.device)
             agreement["replicas"] = problem or "agree"
         shared = {copy.name: copy.holders for copy in copies if len(copy.holders) > 1}
+        ends = offsets.to(rows.device, torch.int64)
+        counts = ends.diff(prepend=ends.new_zeros(1))
         gathered, needs_grad, dtype = gather_counts(counts, needs_grad, agreement, shared, self.channel, promised)
         if problem is not None:
             raise RuntimeError(problem)
@@ -257,9 +259,7 @@ def run_over_ranks(
     """
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
-    counts = offsets.to(rows.device, torch.int64)
-    counts = counts.diff(prepend=counts.new_zeros(1))
-    exchange = parallel.exchange(rows, counts, needs_grad, copies, promised)
+    exchange = parallel.exchange(rows, offsets, needs_grad, copies, promised)
     blocks = exchange.to_experts(rows)
     blocks[0], joined = parallel.join_replicas(blocks[0], copies)
     try:

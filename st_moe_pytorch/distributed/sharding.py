@@ -51,9 +51,9 @@ def shard_experts(
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
     equal_shapes: a promise that in each forward, all ranks have tokens of one shape and dtype, record gradients or do
         not, and get results of one dtype from their experts. Nothing is agreed on then, so that no host waits for its
-        device: all slots of all experts travel, the empty ones too. A layer with
-        as many slots as tokens, such as one that drops nothing, raises ValueError; where the promise is broken, ranks
-        wait for each other until the timeout of their process group, or fail in its collectives.
+        device: all slots of all experts travel, the empty ones too. A layer with as many slots as tokens, such as one
+        that drops nothing, raises ValueError; where the promise is broken, ranks wait for each other until the timeout
+        of their process group, or fail in its collectives.
 
     Works on the meta device too, where nothing is copied: load a checkpoint afterwards, so that the copies of a cut
     expert are equal. A parameter that several experts have in common gets its gradient from all of them, whatever their
@@ -82,9 +82,16 @@ def shard_experts(
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
         placement = Placement(layer.num_experts, channel.size)
-        ties = ties_of(layer.experts, placement)
-        parallel = ExpertParallel(channel, placement, strategy, True, *data_parallel, ties=ties, model=number)
-        parallels[name] = parallel._replace(equal_shapes=equal_shapes)
+        parallels[name] = ExpertParallel(
+            channel,
+            placement,
+            strategy,
+            True,
+            *data_parallel,
+            ties=ties_of(layer.experts, placement),
+            model=number,
+            equal_shapes=equal_shapes,
+        )
     for name, layer in layers.items():
         parallel = parallels[name]
         copy_from_first_rank(layer.experts, *filter(None, (parallel.data_parallel, parallel.channel)))
