@@ -160,6 +160,24 @@ def test_random_policy_follows_the_seed_and_all_new_lengths_share_a_graph():
         assert len(graphs) == expected_graphs
 
 
+@pytest.mark.parametrize("make", [lambda: alike(1.0, torch.float64), build])
+def test_compiled_gradients_of_functions_are_those_of_autograd(make):
+    moe, x = make(), torch.randn(2, 12, 8, dtype=torch.float64)
+    cotangent, parameters = torch.randn_like(x), dict(moe.named_parameters())
+
+    def loss(parameters, x):
+        outputs, total, *_ = torch.func.functional_call(moe, parameters, (x,))
+        return (outputs * cotangent).sum() + total
+
+    compiled = torch.compile(torch.func.grad(loss, argnums=(0, 1)), fullgraph=True, backend="aot_eager")
+    of_parameters, of_x = compiled({name: p.detach() for name, p in parameters.items()}, x)
+    x.requires_grad_()
+    expected = torch.autograd.grad(loss(parameters, x), [*parameters.values(), x])
+    for actual, wanted in zip([*of_parameters.values(), of_x], expected, strict=True):
+        assert wanted.norm() > 1e-9
+        assert_close(actual, wanted, 1e-9)
+
+
 def test_overridden_gates_compile():
     class Gate(TopNGating):
         def forward(self, x, noise_gates=False, noise_mult=1.0):
