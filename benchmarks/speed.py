@@ -13,7 +13,10 @@ Compared are, each in fresh processes that take turns:
     dense     `MoE` through the einsums with its dense tensors, which are quadratic in n
     0.1.8     st-moe-pytorch 0.1.8
     mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the same
-              size (1,360 hidden units for our 1,365), dropless
+              size (1,360 hidden units for our 1,365) without biases
+
+The first three run with the usual capacities and policies. Mixtral's block drops nothing, and is compared with layers
+that do so too and ask for every choice.
 
 All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for
 the gradients of all weights, or not, by chance, which for many small experts takes as long as their products.
@@ -31,6 +34,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -55,42 +59,58 @@ class Workload(NamedTuple):
     autocast: bool = False
     compiled: bool = False
     dropless: bool = False
-    """No capacity, in training; evaluation has the usual one."""
+    """Nothing is dropped, and every choice asked for."""
 
 
 WORKLOADS = [
     Workload("README layer", 4, 1024, 512, 16),
     Workload("README layer, forward only", 4, 1024, 512, 16, training=False),
-    Workload("README layer, bfloat16 autocast", 4, 1024, 512, 16, autocast=True),
     Workload("README layer, compiled", 4, 1024, 512, 16, compiled=True),
-    Workload("dropless, compiled", 2, 512, 256, 16, compiled=True, dropless=True),
     Workload("4k tokens", 1, 4096, 512, 16),
     *(Workload(f"length {n}", 1, n, 256, 16) for n in (1024, 4096, 16384)),
     *(Workload(f"{experts} experts", 1, 512, 512, experts) for experts in (8, 64, 256)),
     *(Workload(f"top {k}", 1, 2048, 256, 16, k=k) for k in (1, 2, 4)),
     *(Workload(f"top 8 of {experts} small experts", 1, 1024, 256, experts, k=8) for experts in (64, 256)),
-    *(Workload(f"decoding, batch {b}", b, 1, 512, 16, training=False) for b in (1, 8, 64)),
-    Workload("decoding, batch 8, compiled", 8, 1, 512, 16, training=False, compiled=True),
+    *(
+        work._replace(name=f"dropless, {work.name}", dropless=True)
+        for work in (
+            Workload("README layer", 4, 1024, 512, 16),
+            Workload("README layer, forward only", 4, 1024, 512, 16, training=False),
+            Workload("README layer, bfloat16 autocast", 4, 1024, 512, 16, autocast=True),
+            *(Workload(f"{experts} experts", 1, 512, 512, experts) for experts in (64, 256)),
+            *(Workload(f"top {k}", 1, 2048, 256, 16, k=k) for k in (1, 2, 4)),
+            Workload("top 8 of 64 small experts", 1, 1024, 256, 64, k=8),
+            *(Workload(f"decoding, batch {b}", b, 1, 512, 16, training=False) for b in (1, 8, 64)),
+            Workload("decoding, batch 8, compiled", 8, 1, 512, 16, training=False, compiled=True),
+            Workload("half the width, compiled", 2, 512, 256, 16, compiled=True),
+        )
+    ),
 ]
 
 
 def is_possible(contender: str, work: Workload) -> bool:
     """Whether a contender can run a workload.
 
-    0.1.8 chooses two experts at least; dense and old forms are not compiled; the peers have no capacity to be run
-    without.
+    Mixtral's block has no capacity to be run with; the dense and old forms, which are quadratic in it, are not run
+    without, and not compiled; 0.1.8 chooses two experts at least.
     """
-    if work.compiled or work.autocast:
-        return contender in ("floor", "layer") or (work.autocast and contender == "mixtral")
-    return not (contender == "0.1.8" and work.k < 2)
+    if contender == "mixtral":
+        return work.dropless and not work.compiled
+    if contender in ("dense", "0.1.8"):
+        return not work.dropless and not work.compiled and not (contender == "0.1.8" and work.k < 2)
+    return True
 
 
 def layer(work: Workload) -> Any:
     """This library's layer or, in the environment of the peers, that of 0.1.8."""
-    from st_moe_pytorch import MoE
+    from st_moe_pytorch import MoE, TopNGating
 
-    capacity = {"capacity_factor_train": None} if work.dropless else {}
-    return MoE(work.dim, work.experts, gating_top_n=work.k, **capacity).train(work.training)
+    if not work.dropless:
+        return MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
+    nothing_dropped = {"capacity_factor_train": None, "capacity_factor_eval": None}
+    policies = {"policy_train": "all", "policy_eval": "all"}
+    gate = TopNGating(work.dim, work.experts, top_n=work.k, **nothing_dropped, **policies)
+    return MoE(work.dim, work.experts, gate=gate).train(work.training)
 
 
 def mixtral(work: Workload) -> Any:
@@ -246,21 +266,22 @@ def compare(
 
 def ratios(found: Results, name: str, key: str, base: str) -> str:
     """A contender's multiple of another one's, round by round: the median and, in brackets, the least and the most."""
-    if name not in found:
+    if name not in found or base not in found:
         return ""
     each = [mine[key] / max(theirs[key], 1e-9) for mine, theirs in zip(found[name], found[base], strict=True)]
     spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
     return f"{median(each):.2f}{spread}"
 
 
-def cells(found: Results) -> list[str]:
-    """Time of every contender and memory of all but the floor, as multiples of the floor's and the layer's."""
-    times = [ratios(found, name, "seconds", "floor") for name in CONTENDERS[1:]]
-    memories = [ratios(found, name, "memory", "layer").partition(" ")[0] for name in CONTENDERS[2:]]
-    floor, memory = (
-        median(result[key] for result in found[name]) for name, key in (("floor", "seconds"), ("layer", "memory"))
-    )
-    return [*times, f"{floor * 1e3:.2f} ms", f"{memory / 2**20:.0f} MiB", *memories]
+def columns(peers: Sequence[str]) -> dict[str, Callable[[Results], str]]:
+    """Heads of a table's columns, and what stands in them for a workload."""
+    return {
+        "floor": lambda found: f"{median(result['seconds'] for result in found['floor']) * 1e3:.1f} ms",
+        **{f"{name} / floor": partial(ratios, name=name, key="seconds", base="floor") for name in ("layer", *peers)},
+        **{f"layer / {name}": partial(ratios, name="layer", key="seconds", base=name) for name in peers},
+        "memory of layer": lambda found: f"{median(result['memory'] for result in found['layer']) / 2**20:.0f} MiB",
+        **{f"memory: {name} / layer": partial(ratios, name=name, key="memory", base="layer") for name in peers},
+    }
 
 
 def plot(found: dict[str, Results], path: Path) -> None:
@@ -325,18 +346,22 @@ def main() -> None:
         print(
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n"
         )
-        times = [f"{name} / floor" for name in CONTENDERS[1:]]
-        memories = [f"memory: {name} / layer" for name in CONTENDERS[2:]]
-        header = ["workload", "(b, n, d), experts, k", *times, "floor", "memory of layer", *memories]
-        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         found: dict[str, Results] = {}
-        for alike in {
-            floor_of(work): [other for other in works if floor_of(other) == floor_of(work)] for work in works
-        }.values():
-            found |= compare(alike, pythons, args.rounds, {} if args.default_allocator else KEEP_MEMORY)
-            for work in alike:
-                shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
-                print(f"| {work.name} | {shape} | {' | '.join(cells(found[work.name]))} |", flush=True)
+        settings = {} if args.default_allocator else KEEP_MEMORY
+        for peers, is_dropless in ((("dense", "0.1.8"), False), (("mixtral",), True)):
+            table = columns(peers)
+            mine = [work for work in works if work.dropless == is_dropless]
+            if mine:
+                heads = ["workload", "(b, n, d), experts, k", *table]
+                print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+            for floor in dict.fromkeys(map(floor_of, mine)):
+                alike = [work for work in mine if floor_of(work) == floor]
+                found |= compare(alike, pythons, args.rounds, settings)
+                for work in alike:
+                    shape = f"({work.b}, {work.n}, {work.dim}), {work.experts}, {work.k}"
+                    cells = [of(found[work.name]) for of in table.values()]
+                    print(f"| {' | '.join((work.name, shape, *cells))} |", flush=True)
+            print()
     if args.plot:
         plot(found, args.plot)
 

@@ -151,6 +151,19 @@ def print_tables(found: dict[tuple[str, int], dict], experiments: list[str], set
             print(f"| {' | '.join((name, *cells))} |")
 
 
+def label_of(name: str) -> str:
+    """What a change is called in the picture."""
+    words = {
+        "capacity_factor None": "nothing dropped",
+        "balance_loss False": "no balance loss",
+        "subset ": "",
+        "_": " ",
+    }
+    for written, said in words.items():
+        name = name.replace(written, said)
+    return name
+
+
 def plot(found: dict[tuple[str, int], dict], experiments: list[str], settings: FineTuning, path: Path) -> None:
     """Bits per byte of every run, a dot per seed, a panel per experiment; long ones stand in a column of their own."""
     columns = [[name for name in experiments if (len(EXPERIMENTS[name]) > 10) is is_long] for is_long in (False, True)]
@@ -165,7 +178,7 @@ def plot(found: dict[tuple[str, int], dict], experiments: list[str], settings: F
                 bits = [found[name, seed]["bits"] for seed in settings.seeds]
                 axes.plot(bits, [row] * len(bits), "o", color="C0", alpha=0.6)
                 axes.plot(mean(bits), row, "|", color="black", markersize=12)
-            axes.set_yticks(range(len(names)), names)
+            axes.set_yticks(range(len(names)), map(label_of, names))
             axes.invert_yaxis()
             axes.set_title(experiment, loc="left")
         panels[-1].set_xlabel("bits per byte in validation")

@@ -43,6 +43,18 @@ def test_pictures_are_written(records, tmp_path):
         assert len({tuple(pixel) for pixel in image.reshape(-1, image.shape[-1])[::7].tolist()}) > 3
 
 
+def test_positions_without_tokens_are_gaps(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    with record_routing(moe := MoE(8, 4)) as records:
+        moe(torch.randn(2, 6, 8), mask=torch.arange(6) < torch.tensor([[4], [2]]))
+    plot_drops(routing_stats(records), tmp_path / "drops.png")
+    for line in drawn[0].axes[0].lines:
+        assert torch.tensor(line.get_ydata()).isnan().tolist() == [False] * 4 + [True] * 2
+
+
 class Spans(HTMLParser):
     """Titles and texts of the tokens in each section."""
 

@@ -61,7 +61,7 @@ def plot_load(history: Mapping[int, Mapping[str, RoutingStats | Sequence[float]]
         )
         shown = range(0, len(steps), max(len(steps) // 8, 1))
         axes.set_xticks(list(shown), [str(steps[place]) for place in shown])
-        figure.colorbar(image, ax=axes, extend="max", format=lambda share, _: f"{share:.0%}")
+        figure.colorbar(image, ax=axes, extend="max", format=lambda share, _: f"{share:.1%}")
     figure.savefig(path, dpi=100)
 
 
@@ -70,12 +70,16 @@ def _load(counted: RoutingStats | Sequence[float]) -> Tensor:
 
 
 def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
-    """Share of the choices at each position that were dropped or not asked for, a panel per layer."""
+    """Share of the choices at each position that were dropped or not asked for, a panel per layer.
+
+    Positions without a real token are gaps.
+    """
     _check_not_empty("stats", stats, RECORD)
     figure, panels = _figure(len(stats))
     for axes, (layer, counted) in zip(panels, stats.items(), strict=True):
-        axes.plot(counted.dropped_by_position().cpu().numpy(), label="dropped, expert full")
-        axes.plot(counted.not_asked_by_position().cpu().numpy(), label="not asked for, by policy")
+        shares = counted.dropped_by_position(), counted.not_asked_by_position()
+        for share, label in zip(shares, ("dropped, expert full", "not asked for, by policy"), strict=True):
+            axes.plot(share.where(counted.choices_at > 0, torch.nan).cpu().numpy(), label=label)
         axes.set(
             title=layer or "layer", xlabel="position in the sequence", ylabel="share of choices", ylim=(-0.02, 1.02)
         )

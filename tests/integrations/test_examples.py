@@ -96,6 +96,19 @@ def test_ways_to_balance_are_compared(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_grid_tunes_both_models(tmp_path):
+    tiny = ["--seq-len", "32", "--dim", "32", "--depth", "1", "--experts", "4", "--steps", "3", "--rates", "0.01"]
+    table = run("tune_lm.py", *tiny, "--out", tmp_path)
+    rows = re.findall(r"^\| (?:AdamW|Muon) \|.*\| 0\.01 \| (.*) \| (.*) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for column in zip(*rows, strict=True):
+        bits = [float(cell.strip("*")) for cell in column]
+        assert len(set(bits)) == 4
+        assert [cell for cell in column if "**" in cell] == [f"**{min(bits):.3f}**"]
+    assert "was run with other settings" in start("tune_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
+
+
+@pytest.mark.slow
 def test_the_order_of_service_decides_whether_outputs_depend_on_the_future():
     table = run("causality_lm.py", "--steps", 2, "--seeds", 0)
     shares = dict(re.findall(r"^\| (position|token) \| 0 \| [\d.]+ \| (\d+)% \|$", table, flags=re.MULTILINE))
