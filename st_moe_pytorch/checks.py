@@ -55,7 +55,7 @@ def check_finite(**numbers: float) -> None:
     Tensors are taken at their word, since a look at them may wait for a device.
     """
     for name, number in numbers.items():
-        if not isinstance(number, Tensor) and not math.isfinite(number):
+        if not isinstance(number, Tensor) and not -math.inf < number < math.inf:
             raise ValueError(f"{name} must be a finite number, got {number}")
 
 

@@ -147,6 +147,15 @@ def contents(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Para
     return module._modules, module._parameters  # pyright: ignore[reportReturnType]
 
 
+def fixed(number: float | None) -> float | None:
+    """The number, which compiled code is made for: of one that has changed, torch.compile would make a variable.
+
+    What members of sets are is always known to it.
+    """
+    (member,) = {number}
+    return member
+
+
 def name_exported_tuple(cls: type, name: str) -> None:
     """Let torch.export.save write results of this NamedTuple, under this name."""
     _pytree._register_namedtuple(cls, serialized_type_name=name)

@@ -18,6 +18,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from st_moe_pytorch.checks import check_positive
+from st_moe_pytorch.compat import fixed
 from st_moe_pytorch.layouts import Layout, as_int, gather, rows_layout, slots_layout, weighted_sum
 
 
@@ -34,7 +35,7 @@ def expert_capacity(tokens: int, num_experts: int, factor: float | None, min_cap
     stay static.
     """
     check_positive(capacity_factor=factor)
-    tokens = as_int(tokens)
+    tokens, factor = as_int(tokens), fixed(factor)
     if factor is None:
         return tokens
     share = torch.sym_int(tokens * factor / num_experts)

@@ -9,7 +9,7 @@ from oracles import assert_close, gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
+from st_moe_pytorch import Expert, ExpertChoiceGating, MoE, SparseMoEBlock, TopNGating
 
 pytestmark = pytest.mark.compile
 
@@ -176,6 +176,40 @@ def test_compiled_gradients_of_functions_are_those_of_autograd(make):
     for actual, wanted in zip([*of_parameters.values(), of_x], expected, strict=True):
         assert wanted.norm() > 1e-9
         assert_close(actual, wanted, 1e-9)
+
+
+def assert_compiled_as_eager(compiled, moe, *arguments):
+    found = []
+    for run in (compiled, moe):
+        torch.manual_seed(0)
+        found.append(run(*arguments))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("make", [build, lambda **_: MoE(8, 4, gate=ExpertChoiceGating(8, 4)).double()])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_that_change_are_compiled_again(make, dynamic):
+    moe, x = make(), torch.randn(2, 32, 8, dtype=torch.float64)
+    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    dropped = set()
+    for factor in (1.0, 1.5, None, 0.3, 1.0):
+        moe.gate.capacity_factor_train = factor
+        assert_compiled_as_eager(compiled, moe, x)
+        dropped.add(int(moe.gate.route(x).kept.sum()))
+    assert len(dropped) > 2
+    for coefficient in (0.1, 0.2, 0.3):
+        moe.balance_loss_coef = moe.router_z_loss_coef = coefficient
+        assert_compiled_as_eager(compiled, moe, x)
+    for noise_mult in (1.0, 0.9, 0.8):
+        assert_compiled_as_eager(compiled, moe, x, True, noise_mult)
+
+
+def test_layers_of_other_capacities_are_compiled_by_themselves():
+    x = torch.randn(2, 32, 8, dtype=torch.float64)
+    for factor in (1.0, 1.5, 0.3):
+        layer = build(capacity_factor_train=factor)
+        assert_compiled_as_eager(torch.compile(layer, fullgraph=True, backend="aot_eager"), layer, x)
 
 
 def test_overridden_gates_compile():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from st_moe_pytorch.checks import is_overridden
+from st_moe_pytorch.compat import has_hooks
 from st_moe_pytorch.experts import Experts, are_alike
 from st_moe_pytorch.gate import RouterLinear, is_dense
 from st_moe_pytorch.gating import TopNGating
@@ -54,13 +55,17 @@ def export_mixtral(model: nn.Module) -> dict[str, Tensor]:
 def _problems_with(layer: MoE) -> Iterator[str]:
     """What Mixtral does not know of a layer."""
     gate, experts = layer.gate, layer.experts
-    if type(gate) is not TopNGating or is_dense(gate) or type(gate.to_gates) is not RouterLinear:
+    if type(gate) is not TopNGating or is_dense(gate) or {"route", "decide", "scores", "topk"} & vars(gate).keys():
         yield f"its gate must be a plain TopNGating, got a {type(gate).__name__} with changes or of another make"
+    elif type(gate.to_gates) is not RouterLinear or has_hooks(gate.to_gates) or "forward" in vars(gate.to_gates):
+        yield f"gate.to_gates must be as TopNGating makes it, got a {type(gate.to_gates).__name__} with changes"
     else:
         needed = {"policy_eval": "all", "capacity_factor_eval": None, "score": "softmax", "normalize_gates": True}
         needed |= {"balance_bias": False, "differentiable_topk": False}
         changed = {name: getattr(gate, name) for name, value in needed.items() if getattr(gate, name) != value}
         yield from (f"gate.{name} must be {needed[name]!r}, got {value!r}" for name, value in changed.items())
+        if gate.eps > 1e-6:
+            yield f"gate.eps must be 1e-6 or less, since Mixtral divides gates by their sum alone, got {gate.eps}"
         if gate.top_n == 1:
             yield "gate.top_n must be 2 or more, since the gate of a single choice is always 1 in Mixtral, got 1"
     if layer.shared_expert is not None:

@@ -169,7 +169,17 @@ def test_layers_that_were_changed_are_refused():
     assert_refused("gate must be a plain TopNGating, got a Other", moe)
     moe = layer()
     moe.gate.to_gates = nn.Linear(DIM, EXPERTS)
-    assert_refused("gate must be a plain TopNGating", moe)
+    assert_refused("gate.to_gates must be as TopNGating makes it, got a Linear with changes", moe)
+    moe = layer()
+    moe.gate.to_gates.register_forward_hook(lambda module, inputs, logits: -logits)
+    assert_refused("gate.to_gates must be as TopNGating makes it, got a RouterLinear with changes", moe)
+    for name in ("route", "decide", "topk", "scores"):
+        moe = layer()
+        setattr(moe.gate, name, getattr(moe.gate, name))
+        assert_refused("gate must be a plain TopNGating, got a TopNGating with changes", moe)
+    moe = layer()
+    moe.gate.eps = 1e-3
+    assert_refused("gate.eps must be 1e-6 or less, since Mixtral divides gates by their sum alone, got 0.001", moe)
     assert_refused("must not be in a SparseMoEBlock", SparseMoEBlock(layer()))
     assert_refused("model must contain MoE layers, got a Linear without any", nn.Linear(2, 2))
 
