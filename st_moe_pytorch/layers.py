@@ -2,7 +2,6 @@
 
 # pyright: reportIncompatibleMethodOverride=false
 
-from collections.abc import Sequence
 from copy import deepcopy
 from types import FunctionType, NoneType
 from typing import Any
@@ -157,24 +156,6 @@ def _write_gradients(grad: Tensor, z: Tensor, dx: Tensor, dgate: Tensor) -> None
     dgate.copy_(torch.ops.aten.gelu_backward(grad * x, gate))
 
 
-def _gradients_of_gated_gelu(
-    grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
-) -> tuple[Tensor, Tensor | None]:
-    x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, of_factor)
-    dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
-    return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
-
-
-def _parts_of_gradients(
-    grad: Tensor, z: Tensor, factor: Sequence[Tensor], of_factor: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """x, gate, their gradients before those are multiplied by factor and x, and the gradient of the factor."""
-    x, gate = z.chunk(2, dim=-1)
-    dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
-    dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if of_factor else None
-    return x, gate, dx, inner, dbias
-
-
 @with_known_signature
 class _GatedGELU(Function):
     """`_gated_gelu` that keeps z only, where plain operations keep z and two more of half its size."""
@@ -192,16 +173,21 @@ class _GatedGELU(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         z, *factor = ctx.saved_tensors
-        if may_be_derived(grad, z, *factor) or grad.dtype != z.dtype:
-            return _gradients_of_gated_gelu(grad, z, factor, ctx.needs_input_grad[1])
-        dz = torch.empty_like(z)  # written in place, for less memory
-        if is_fused(grad) and not factor:
+        x, gate = z.chunk(2, dim=-1)
+        is_last = grad.dtype == z.dtype and not may_be_derived(grad, z, *factor)
+        if is_last and not factor and is_fused(grad):
+            dz = torch.empty_like(z)
             _write_gradients(grad, z, *dz.chunk(2, dim=-1))
             return dz, None
-        x, gate, dx, inner, dbias = _parts_of_gradients(grad, z, factor, ctx.needs_input_grad[1])
-        torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
-        torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
-        return dz, dbias
+        dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
+        dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if ctx.needs_input_grad[1] else None
+        if is_last:
+            dz = torch.empty_like(z)  # written in place, for less memory
+            torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
+            torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
+            return dz, dbias
+        dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
+        return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor | None, dbias: Tensor | None) -> Tensor:

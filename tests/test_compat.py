@@ -265,8 +265,8 @@ def test_fused_functions_give_their_numbers_compiled_too():
 @pytest.mark.compile
 def test_compiled_code_writes_both_halves_of_a_tensor():
     """They share memory, which torch.compile has to notice and to know that they do not overlap."""
-    z, grad = torch.randn(20, 16), torch.randn(20, 8)
-    wanted, _ = layers._gradients_of_gated_gelu(grad, z, (), False)
+    z, grad = torch.randn(20, 16, requires_grad=True), torch.randn(20, 8)
+    (wanted,) = torch.autograd.grad(layers._gated_gelu(z, 1.0), z, grad)
     for function in (layers._write_gradients, torch.compile(layers._write_gradients)):
         dz = torch.full_like(z, torch.nan)
         with torch.no_grad():
