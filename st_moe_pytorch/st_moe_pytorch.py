@@ -4,30 +4,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module as Module
+from torch.nn import ModuleList as ModuleList
 
-from st_moe_pytorch.distributed import AllGather
-from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.gating import TopNGating
-from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
-from st_moe_pytorch.moe import MixtureOfExpertsReturn, MoE, SparseMoEBlock
-
-__all__ = [
-    "GEGLU",
-    "AllGather",
-    "Expert",
-    "Experts",
-    "MixtureOfExpertsReturn",
-    "MoE",
-    "Module",
-    "ModuleList",
-    "RMSNorm",
-    "SparseMoEBlock",
-    "TopNGating",
-    "cumsum_exclusive",
-    "default",
-    "exists",
-]
+from st_moe_pytorch.distributed import AllGather as AllGather
+from st_moe_pytorch.experts import Experts as Experts
+from st_moe_pytorch.gating import TopNGating as TopNGating
+from st_moe_pytorch.layers import GEGLU as GEGLU
+from st_moe_pytorch.layers import Expert as Expert
+from st_moe_pytorch.layers import RMSNorm as RMSNorm
+from st_moe_pytorch.moe import MixtureOfExpertsReturn as MixtureOfExpertsReturn
+from st_moe_pytorch.moe import MoE as MoE
+from st_moe_pytorch.moe import SparseMoEBlock as SparseMoEBlock
 
 
 def exists(val: Any) -> bool:
