@@ -6,7 +6,7 @@ Every error names the argument, its value and the fix; nothing is changed before
 import math
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ def typechecked(function: F) -> F:
         # at the first call, since importing beartype takes as long as importing this package
         from beartype import BeartypeConf, FrozenDict, beartype
 
-        numbers = FrozenDict({int: SupportsIndex, float: SupportsFloat})  # numpy's are as good, and so are 0-d tensors
-        return beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=numbers))(function)
+        # numpy's numbers are as good, and so are 0-d tensors; check_one_of tells which strings may be
+        others: dict[Any, Any] = {int: SupportsIndex, float: SupportsFloat}
+        others |= {hint: str for hint in function.__annotations__.values() if get_origin(hint) is Literal}
+        return beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=FrozenDict(others)))(function)
 
     @wraps(function)
     def first_checked(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Top-n gating: which experts each token goes to, with what weight, and whether it gets there."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,9 @@ from st_moe_pytorch.losses import balance_loss, router_z_loss
 from st_moe_pytorch.routing import Choices, Routing, assign_slots
 from st_moe_pytorch.topk import TopK, topk
 
-POLICIES = ("all", "none", "threshold", "random")
-PRIORITIES = ("position", "token", "gate")
-SCORES = ("softmax", "sigmoid")
-
-if TYPE_CHECKING:
-    Policy = Literal["all", "none", "threshold", "random"]
-    Priority = Literal["position", "token", "gate"]
-    Score = Literal["softmax", "sigmoid"]
-else:
-    Policy = Priority = Score = str  # checked by check_one_of, whose error lists them
+Policy = Literal["all", "none", "threshold", "random"]
+Priority = Literal["position", "token", "gate"]
+Score = Literal["softmax", "sigmoid"]
 
 
 class TopNGating(Gate):
@@ -237,9 +230,9 @@ class TopNGating(Gate):
         """Raise ValueError for settings that mean nothing, whether constructed or assigned later."""
         check_counts(top_n=self.top_n)
         self.check_capacity()
-        check_one_of(POLICIES, policy_train=self.policy_train, policy_eval=self.policy_eval)
-        check_one_of(PRIORITIES, priority=self.priority)
-        check_one_of(SCORES, score=self.score)
+        check_one_of(get_args(Policy), policy_train=self.policy_train, policy_eval=self.policy_eval)
+        check_one_of(get_args(Priority), priority=self.priority)
+        check_one_of(get_args(Score), score=self.score)
         if self.bias is not None and self.differentiable_topk:
             raise ValueError("differentiable_topk must be False with balance_bias: coordinate descent knows none")
         if self.top_n > self.num_gates:

@@ -1,7 +1,7 @@
 """Load balance without a loss: after every step, a bias moves the choice of experts towards equal loads."""
 
 import itertools
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,11 +16,7 @@ from st_moe_pytorch.routing import Routing
 
 RATES = {"quantile": 0.5, "sign": 1e-3}  # half the way averages over steps, whose tokens differ
 SWEEPS = 100  # at most; 10 to 60 balance hundreds of tokens per expert, and where scores tie none do
-
-if TYPE_CHECKING:
-    Rule = Literal["quantile", "sign"]
-else:
-    Rule = str  # checked by check_one_of, whose error lists them
+Rule = Literal["quantile", "sign"]
 
 
 class LossFreeBalance:
