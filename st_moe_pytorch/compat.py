@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,6 @@ def ends_recomputation(error: Exception) -> bool:
     """Whether this is how activation checkpointing stops a forward that it runs again, once it has what it needs."""
     return isinstance(error, _StopRecomputationError)
 
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-else:
-    ProcessGroup = DeviceMesh = Any  # absent from builds of torch without distributed
 
 F = TypeVar("F", bound=type[Function])
 

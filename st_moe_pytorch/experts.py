@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import ProcessGroup, apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.compat import apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.agreement import Results
 from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
+from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks, run_together
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel

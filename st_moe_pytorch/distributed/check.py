@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from st_moe_pytorch.compat import ProcessGroup
 from st_moe_pytorch.distributed.agreement import gather_objects
 from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.distributed.sharding import copy_from_first_rank, data_parallel, group_names, shard_experts
 from st_moe_pytorch.distributed.strategies import Strategy
 

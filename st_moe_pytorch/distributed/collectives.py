@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from st_moe_pytorch.compat import ProcessGroup
-from st_moe_pytorch.distributed.compat import group_named, is_reentrant_checkpoint
+from st_moe_pytorch.distributed.compat import ProcessGroup, group_named, is_reentrant_checkpoint
 
 
 class Channel(NamedTuple):

@@ -4,13 +4,17 @@ A test of each fails when it changes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch.compat import ProcessGroup
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+else:
+    ProcessGroup = DeviceMesh = Any  # absent from builds of torch without distributed
 
 
 def is_reentrant_checkpoint(node: Any) -> bool:

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from st_moe_pytorch.compat import DeviceMesh, ProcessGroup
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.compat import is_managed_by_ddp, leave_out_of_ddp
+from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, is_managed_by_ddp, leave_out_of_ddp
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name

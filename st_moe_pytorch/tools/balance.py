@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import check_one_of, check_positive, typechecked
-from st_moe_pytorch.compat import ProcessGroup, is_recomputing
+from st_moe_pytorch.compat import is_recomputing
+from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.gate import LISTENERS
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.routing import Routing
