@@ -96,21 +96,13 @@ class ExpertChoiceGating(Gate):
             indices, capacity, slots = choices.indices, choices.capacity, choices.slots.masked_fill(padding, -1)
         kept = slots >= 0
         gates = probs.gather(-1, indices) / kept.sum(dim=-1, keepdim=True).clamp(min=1)
-        no_loss = logits.new_zeros(())
+        balance = token_balance_loss(probs, real) if self.training else logits.new_zeros(())
+        z = router_z_loss(clean, real) if self.training else logits.new_zeros(())
+        per_choice = indices, slots, gates, kept, kept
+        indices, slots, gates, kept, asked = (t.view(b, n, e) for t in per_choice)
+        straight_through = self.straight_through_dispatch_tensor
         return Routing(
-            indices=indices.view(b, n, e),
-            slots=slots.view(b, n, e),
-            gates=gates.view(b, n, e),
-            kept=kept.view(b, n, e),
-            asked=kept.view(b, n, e),
-            mask=mask,
-            logits=logits,
-            balance_loss=token_balance_loss(probs, real) if self.training else no_loss,
-            router_z_loss=router_z_loss(clean, real) if self.training else no_loss,
-            capacity=capacity,
-            num_experts=e,
-            groups=groups,
-            straight_through=self.straight_through_dispatch_tensor,
+            indices, slots, gates, kept, asked, mask, logits, balance, z, capacity, e, groups, straight_through
         )
 
     def extra_repr(self) -> str:

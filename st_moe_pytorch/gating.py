@@ -164,20 +164,11 @@ class TopNGating(Gate):
             asked = asked if real is None else asked & real.unsqueeze(-1)
             kept = asked & (slots >= 0)
         balance, z = self._losses(clean, scores, best.indices, real)
+        per_choice = best.indices, slots.masked_fill(~kept, -1), gates, kept, asked
+        indices, slots, gates, kept, asked = (t.view(b, n, k) for t in per_choice)
+        straight_through = self.straight_through_dispatch_tensor
         return Routing(
-            indices=best.indices.view(b, n, k),
-            slots=slots.masked_fill(~kept, -1).view(b, n, k),
-            gates=gates.view(b, n, k),
-            kept=kept.view(b, n, k),
-            asked=asked.view(b, n, k),
-            mask=mask,
-            logits=logits,
-            balance_loss=balance,
-            router_z_loss=z,
-            capacity=capacity,
-            num_experts=e,
-            groups=groups,
-            straight_through=self.straight_through_dispatch_tensor,
+            indices, slots, gates, kept, asked, mask, logits, balance, z, capacity, e, groups, straight_through
         )
 
     @property
