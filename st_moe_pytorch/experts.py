@@ -20,7 +20,7 @@ from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.sharding import refuse_data_parallel
 from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
 from st_moe_pytorch.grouped import grouped_linear, has_kernel, put_side_by_side
-from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, is_like, is_plain
+from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, nature
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
 
@@ -250,7 +250,8 @@ def may_share_products(t: Tensor) -> bool:
 def are_alike(experts: Iterable[nn.Module]) -> bool:
     """Whether all are `Expert`s of one shape and mode, with nothing put around them, onto them or into them."""
     first, *others = experts
-    return type(first) is Expert and is_plain(first) and all(is_like(other, first) for other in others)
+    wanted = nature(first) if type(first) is Expert else None
+    return wanted is not None and all(nature(other) == wanted for other in others)
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:

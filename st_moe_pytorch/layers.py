@@ -123,7 +123,7 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_align(x) or type(self.net) is not nn.Sequential or not is_plain(self.net):
+        if not may_align(x) or type(self.net) is not nn.Sequential or nature(self.net) is None:
             return self.net(x)
         last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
         for layer in self.net:
@@ -205,34 +205,19 @@ class _GatedGELU(Function):
 PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module computes nothing but what its class and parameters say, and so do those in it."""
-    children, parameters = contents(module)
-    is_itself = type(module) in PLAIN and "forward" not in vars(module) and not has_hooks(module)
-    has_plain = all(type(p) in (nn.Parameter, NoneType) for p in parameters.values())
-    return is_itself and has_plain and all(map(is_plain, children.values()))
+def nature(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a module computes but for its parameters' values, to compare; None if its class does not say what it is.
 
-
-def is_like(module: nn.Module, plain: nn.Module) -> bool:
-    """Whether a module computes what a plain one does but for its parameters' values. Asked for in every forward."""
-    own, others = vars(module), vars(plain)
-    (children, parameters), (models, wanted) = contents(module), contents(plain)
-    return (
-        type(module) is type(plain)
-        and own["training"] == others["training"]
-        and own.get("p") == others.get("p")
-        and "forward" not in own
-        and not has_hooks(module)
-        and (len(children), len(parameters)) == (len(models), len(wanted))
-        and all(map(_are_alike, parameters.values(), wanted.values()))
-        and all(map(is_like, children.values(), models.values()))
-    )
-
-
-def _are_alike(p: nn.Parameter | None, wanted: nn.Parameter | None) -> bool:
-    if p is None or wanted is None:
-        return p is wanted
-    return type(p) is nn.Parameter and (p.shape, p.dtype, p.device) == (wanted.shape, wanted.dtype, wanted.device)
+    It is asked for in every forward.
+    """
+    own, (children, parameters) = vars(module), contents(module)
+    if type(module) not in PLAIN or "forward" in own or has_hooks(module):
+        return None
+    parts = [nature(child) for child in children.values()]
+    if None in parts or not all(type(p) in (nn.Parameter, NoneType) for p in parameters.values()):
+        return None
+    tensors = [p if p is None else (p.shape, p.dtype, p.device) for p in parameters.values()]
+    return type(module), own["training"], own.get("p"), tensors, parts
 
 
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:

@@ -262,8 +262,8 @@ FAULTS = [
     Fault(
         "hooks on experts are passed over by shared products",
         "layers.py",
-        "        and not has_hooks(module)\n",
-        "",
+        '"forward" in own or has_hooks(module):',
+        '"forward" in own:',
         "test_grouped.py::test_experts_that_differ_in_anything_are_called_one_by_one",
     ),
     Fault(
@@ -375,7 +375,7 @@ FAULTS = [
     Fault(
         "hooks of linear layers are passed over",
         "layers.py",
-        "if not may_align(x) or type(self.net) is not nn.Sequential or not is_plain(self.net):",
+        "if not may_align(x) or type(self.net) is not nn.Sequential or nature(self.net) is None:",
         "if not may_align(x):",
         "test_aligned.py::test_layers_that_are_more_than_linear_are_called",
     ),
@@ -2281,8 +2281,8 @@ FAULTS = [
     Fault(
         "experts of other numbers of layers are alike",
         "layers.py",
-        "(len(children), len(parameters)) == (len(models), len(wanted))",
-        "len(parameters) == len(wanted)",
+        'own.get("p"), tensors, parts\n',
+        'own.get("p"), tensors, parts[:3]\n',
         "test_grouped.py::test_experts_that_differ_in_anything_are_called_one_by_one",
     ),
     Fault(
@@ -2330,8 +2330,8 @@ FAULTS = [
     Fault(
         "experts with and without a multiplicative bias are alike",
         "layers.py",
-        "(len(children), len(parameters)) == (len(models), len(wanted))",
-        "len(children) == len(models)",
+        "if p is None else (p.shape, p.dtype, p.device) for p in parameters.values()]",
+        "if p is None else (p.shape, p.dtype, p.device) for p in parameters.values() if p.ndim > 1]",
         "test_grouped.py::test_experts_of_other_shapes_and_classes_are_not_alike",
     ),
     Fault(
