@@ -13,19 +13,18 @@ from torch.func import functional_call
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.agreement import Results
-from st_moe_pytorch.distributed.collectives import Channel, used_for_nothing
+from st_moe_pytorch.distributed.collectives import used_for_nothing
 from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks, run_together
-from st_moe_pytorch.distributed.placement import Placement
-from st_moe_pytorch.distributed.sharding import refuse_data_parallel
-from st_moe_pytorch.distributed.strategies import Strategy, StrategyOrName, check_strategy
+from st_moe_pytorch.distributed.shardable import Shardable
+from st_moe_pytorch.distributed.strategies import StrategyOrName
 from st_moe_pytorch.grouped import grouped_linear, has_kernel, put_side_by_side
 from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, nature
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
 
 
-class Experts(nn.Module):
+class Experts(Shardable):
     """A list of experts, any modules (1, t, d) -> (1, t, d'), each run on the tokens it was sent.
 
     experts: one module per expert; they may differ, but not in their output width. They are kept as they are.
@@ -50,17 +49,10 @@ class Experts(nn.Module):
         strategy: StrategyOrName = "all_to_all",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
         if len(experts) == 0:
             raise ValueError("experts must hold at least one module, got none")
-        check_strategy(strategy)
-        self.experts: nn.ModuleList = experts if isinstance(experts, nn.ModuleList) else nn.ModuleList(experts)
-        self.num_experts = len(self.experts)
-        self.is_distributed = is_distributed
+        super().__init__(experts, is_distributed, strategy, process_group)
         self.allow_var_seq_len = allow_var_seq_len
-        self.strategy: str | Strategy = strategy
-        self.channel = Channel("Experts", None if process_group is None else process_group.group_name)
-        self.parallel: ExpertParallel | None = None
         self.dummy = nn.Buffer(torch.ones(1), persistent=False)
         self.flatten_parameters()
 
@@ -111,15 +103,7 @@ class Experts(nn.Module):
         return self
 
     def shard(self, parallel: ExpertParallel) -> None:
-        """Keep only the experts that this rank computes, under their numbers; the others become None.
-
-        Called by `shard_experts`.
-        """
-        for number in range(self.num_experts):
-            if number not in parallel.experts:
-                self.experts.add_module(str(number), None)
-        self.parallel = parallel
-        self.is_distributed = True
+        super().shard(parallel)
         self.flatten_parameters()
 
     def layout(self, routing: Routing) -> Layout:
@@ -133,27 +117,6 @@ class Experts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         refuse_old_pickle(self, state, "parallel")
         super().__setstate__(state)
-
-    def extra_repr(self) -> str:
-        if self.parallel is None:
-            return ""
-        held, ranks = self.parallel.experts, self.parallel.channel.size
-        return f"experts {held[0]} to {held[-1]} of {self.num_experts}, on rank {self.parallel.channel.rank} of {ranks}"
-
-    def _parallel(self, is_distributed: bool | None) -> ExpertParallel | None:
-        """How this forward is spread over ranks; None if it is not."""
-        is_distributed = self.is_distributed if is_distributed is None else is_distributed
-        if self.parallel is not None:
-            if not is_distributed:
-                raise ValueError(
-                    "is_distributed must not be False for sharded experts: this rank holds only some of them"
-                )
-            refuse_data_parallel(self.experts, self.parallel.channel)
-            return self.parallel
-        if not is_distributed:
-            return None
-        placement = Placement(self.num_experts, self.channel.size)
-        return ExpertParallel(self.channel, placement, self.strategy, sharded=False)
 
     def _check_rows(self, x: Tensor, offsets: Tensor) -> None:
         if self.parallel is not None and self.parallel.equal_shapes:

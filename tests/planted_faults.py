@@ -843,7 +843,7 @@ FAULTS = [
     ),
     Fault(
         "sharded experts are left to DistributedDataParallel",
-        "distributed/sharding.py",
+        "distributed/shardable.py",
         "if is_managed_by_ddp(next(experts.parameters(), None)):",
         "if False:",
         "distributed/test_faults.py::test_sharded_experts_inside_ddp_are_refused",
@@ -2260,8 +2260,8 @@ FAULTS = [
     Fault(
         "experts that went to other ranks keep their memory",
         "experts.py",
-        "        self.is_distributed = True\n        self.flatten_parameters()\n",
-        "        self.is_distributed = True\n",
+        "        super().shard(parallel)\n        self.flatten_parameters()\n",
+        "        super().shard(parallel)\n",
         "test_grouped.py::test_experts_that_are_cut_take_no_memory",
     ),
     Fault(

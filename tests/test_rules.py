@@ -44,6 +44,7 @@ ORDER = [
         "distributed.agreement",
         "distributed.strategies",
         "distributed.exchange",
+        "distributed.shardable",
     ),
     *("distributed.sharding", "distributed.check", "distributed.compatibility", "distributed"),
     *("experts", "moe"),

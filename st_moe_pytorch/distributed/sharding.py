@@ -6,7 +6,7 @@ experts sharded or not. Every rank has to run every forward and every backward, 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -16,22 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, is_managed_by_ddp, leave_out_of_ddp
+from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
+from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class Shardable(Protocol):
-    """What `shard_experts` looks for in a model: a module with a list of experts that can keep some of them."""
-
-    experts: nn.ModuleList
-    num_experts: int
-    parallel: ExpertParallel | None
-
-    def shard(self, parallel: ExpertParallel) -> None: ...
 
 
 def shard_experts(
@@ -101,8 +92,8 @@ def shard_experts(
 
 def _shardable(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Shardable]]:
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if hasattr(module, "shard") and hasattr(module, "parallel"):
-            yield name, cast(Shardable, module)
+        if isinstance(module, Shardable):
+            yield name, module
 
 
 def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | None:
@@ -189,15 +180,6 @@ def data_parallel(
         ignored += [f"{name}.experts.{key}".removeprefix(".") for key, _ in tensors]
     leave_out_of_ddp(model, ignored)
     return DistributedDataParallel(model, process_group=process_group, **options)
-
-
-def refuse_data_parallel(experts: nn.ModuleList, channel: Channel) -> None:
-    """Raise RuntimeError where DistributedDataParallel manages sharded experts: it overwrites them with rank 0's."""
-    if is_managed_by_ddp(next(experts.parameters(), None)):
-        raise RuntimeError(
-            f"{channel.layer}: its sharded experts are inside DistributedDataParallel, which has overwritten "
-            "them with those of rank 0; wrap the model with st_moe_pytorch.distributed.data_parallel instead"
-        )
 
 
 @torch.no_grad()
