@@ -178,7 +178,7 @@ class TopNGating(Gate):
     def topk(self, values: Tensor, k: int, indices: Tensor | None = None) -> TopK:
         """The k best of values (b n e), or those at indices (b n k), differentiable if the gate is."""
         is_fused = self.differentiable_topk_fused
-        return topk(values, k, self.bias, indices=indices, differentiable=self.differentiable_topk, fused=is_fused)
+        return topk(values, k, self.bias, indices, differentiable=self.differentiable_topk, fused=is_fused)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores (b n e) by which experts are chosen, but for the bias, of logits (b n e)."""

@@ -49,20 +49,13 @@ def coor_descent(scores: Tensor, k: float, n_iters: int = 20, eps: float = 0.1) 
 
 
 def topk(
-    values: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    *,
-    indices: Tensor | None = None,
-    differentiable: bool = False,
-    fused: bool = True,
-    ratio: float = 9 / 8,
+    values: Tensor, k: int, bias: Tensor | None, indices: Tensor | None, *, differentiable: bool, fused: bool
 ) -> TopK:
     """The k largest of values (..., e) along the last axis, ties to the lowest index.
 
     With a bias (e), those of which the sum is largest; with indices (... k), the values of these instead.
 
-    With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * ratio, e)`` winners,
+    With ``differentiable``, also the coordinate-descent selection of those entries for ``min(k * 9 / 8, e)`` winners,
     and the values carry its gradient straight through. ``fused`` recomputes its iterates in the backward pass instead
     of keeping all of them.
     """
@@ -70,7 +63,7 @@ def topk(
         indices = top_indices(values if bias is None else values + bias.to(values.dtype), k)
     if not differentiable:
         return TopK(values.gather(-1, indices), indices, None)
-    winners = min(k * ratio, values.shape[-1])
+    winners = min(k * 9 / 8, values.shape[-1])
     if fused and not is_transformed():  # torch.func does not work with checkpointing
         selection = checkpoint(coor_descent, values, winners, use_reentrant=False, preserve_rng_state=False)
     else:

@@ -508,8 +508,8 @@ FAULTS = [
     Fault(
         "winners of coordinate descent are more than there are experts",
         "topk.py",
-        "winners = min(k * ratio, values.shape[-1])",
-        "winners = k * ratio",
+        "winners = min(k * 9 / 8, values.shape[-1])",
+        "winners = k * 9 / 8",
         "test_gating.py::test_coordinate_descent_of_scores_of_any_sign_and_for_all_experts",
     ),
     Fault(

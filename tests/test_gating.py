@@ -397,7 +397,7 @@ def selection(scores, k):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_coordinate_descent_of_scores_of_any_sign_and_for_all_experts(k, fused):
     scores = torch.tensor([[0.3, -1.0, 0.2], [-1.0, -2.0, -0.5]], dtype=torch.float64, requires_grad=True)
-    best = topk(scores, k, differentiable=True, fused=fused)
+    best = topk(scores, k, None, None, differentiable=True, fused=fused)
     selected = np.stack([selection(row, k) for row in scores.detach().numpy()])
     assert_close(best.coor_descent_values, torch.from_numpy(selected).gather(-1, best.indices))
     # values carry the gradient of the selection, as if they were multiplied by it and divided again

@@ -154,7 +154,7 @@ def test_coordinate_descent(case, fused):
         for key in ("values", "indices", "coor_descent_values", "probe", "grad_probs")
     )
     probs = COOR_DESCENT[f"{case['case']}.probs"].clone().requires_grad_()
-    result = topk(probs, case["k"], differentiable=True, fused=fused)
+    result = topk(probs, case["k"], None, None, differentiable=True, fused=fused)
     assert torch.equal(result.indices, indices)
     assert torch.equal(result.values, values)
     assert_close(result.coor_descent_values, selected)
