@@ -134,7 +134,7 @@ class Experts(Shardable):
             sizes = [stop - start for start, stop in pairwise([0, *ends])]
             check_sizes(sizes, len(rows))
             blocks = rows.unsqueeze(0).split([*sizes, len(rows) - ends[-1]], dim=1)
-            y = self._run(range(self.num_experts), blocks[:-1])
+            y = self._run(range(self.num_experts), blocks[:-1], {})
         else:
             run, promised = self._run, None
             placed = [self.experts[number] for number in parallel.experts]
@@ -147,10 +147,7 @@ class Experts(Shardable):
         return torch.cat([*y, rest], dim=1).squeeze(0)
 
     def _run(
-        self,
-        numbers: Sequence[int],
-        blocks: Sequence[Tensor],
-        parameters: Mapping[int, dict[str, Tensor]] | None = None,
+        self, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
     ) -> list[Tensor]:
         """Each expert on its rows (1 t d), with other parameters in place of its own if given -> its results (1 t d').
 
@@ -168,7 +165,7 @@ class Experts(Shardable):
             if may_wait and not has_hooks(experts[number]):
                 continue
             try:
-                results[number] = self._call(number, block, None if parameters is None else parameters.get(number))
+                results[number] = self._call(number, block, parameters.get(number))
             except Exception as error:
                 if ends_recomputation(error):
                     raise
