@@ -25,6 +25,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_lifted() -> bool:
+    """Whether tensors stand for more than their values: under functions of torch.func and in forward mode."""
+    return is_transformed() or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_batched() -> bool:
     """Whether torch.func.vmap runs, under which the values of tensors cannot be read."""
     if torch.compiler.is_compiling():
@@ -41,7 +46,7 @@ def may_be_derived(*tensors: Tensor | float | None) -> bool:
     """Whether results of these tensors may be differentiated, in reverse or forward mode, or many at a time."""
     if torch.compiler.is_compiling():  # that may be, and dynamo does not trace what follows
         return True
-    if is_transformed() or _is_derived_forward():
+    if is_lifted():
         return True
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -114,13 +119,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether hooks of all modules, modes of operators or forward-mode derivatives are on, as of tracers."""
+    """Whether hooks of all modules or modes of operators are on, as of tracers, or what `is_lifted` tells."""
     is_on = nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
-    return bool(is_on) or _is_derived_forward()
-
-
-def _is_derived_forward() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+    return bool(is_on) or is_lifted()
 
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:

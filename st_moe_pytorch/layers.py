@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from st_moe_pytorch.aligned import aligned_linear, may_align
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, is_lifted, may_be_derived, with_known_signature
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
@@ -136,7 +136,7 @@ def gated_gelu(z: Tensor, mult_bias: Tensor | float = 1.0) -> Tensor:
     if isinstance(mult_bias, Tensor):
         mult_bias = mult_bias.to(z.dtype)
     # compilers choose by themselves what to keep
-    if torch.compiler.is_compiling() or z.numel() < SMALL or not may_be_derived(z, mult_bias):
+    if torch.compiler.is_compiling() or z.numel() < SMALL or is_lifted() or not may_be_derived(z, mult_bias):
         return _gated_gelu(z, mult_bias)
     return _GatedGELU.apply(z, mult_bias)
 
@@ -160,15 +160,12 @@ def _write_gradients(grad: Tensor, z: Tensor, dx: Tensor, dgate: Tensor) -> None
 class _GatedGELU(Function):
     """`_gated_gelu` that keeps z only, where plain operations keep z and two more of half its size."""
 
-    generate_vmap_rule = True
     forward = staticmethod(_gated_gelu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | float], output: Tensor) -> None:
         z, mult_bias = inputs
-        kept = (z, mult_bias) if isinstance(mult_bias, Tensor) else (z,)
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)
+        ctx.save_for_backward(*((z, mult_bias) if isinstance(mult_bias, Tensor) else (z,)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -188,17 +185,6 @@ class _GatedGELU(Function):
             return dz, dbias
         dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
         return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
-
-    @staticmethod
-    def jvp(ctx: Any, dz: Tensor | None, dbias: Tensor | None) -> Tensor:
-        z, *factor = ctx.saved_tensors
-        x, gate = z.chunk(2, dim=-1)
-        mult_bias = factor[0] if factor else 1.0
-        tangent = torch.zeros_like(x) if dbias is None else F.gelu(gate) * x * dbias
-        if dz is not None:
-            dx, dgate = dz.chunk(2, dim=-1)
-            tangent = tangent + (F.gelu(gate) * dx + torch.ops.aten.gelu_backward(x * dgate, gate)) * mult_bias
-        return tangent
 
 
 # modules that compute nothing but what their class and parameters say

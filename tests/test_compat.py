@@ -55,6 +55,11 @@ def test_transforms_are_noticed():
     torch.func.vmap(lambda x: seen.append(compat.is_transformed()) or x)(torch.ones(2))
     assert seen == [True]
     assert not compat.is_transformed()
+    torch.func.vmap(lambda x: seen.append(compat.is_lifted()) or x)(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(compat.is_lifted())
+    assert seen == [True] * 3
+    assert not compat.is_lifted()
 
 
 def test_hooks_of_all_modules_modes_of_operators_and_forward_mode_are_noticed():
