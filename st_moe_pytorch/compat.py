@@ -27,7 +27,12 @@ def is_transformed() -> bool:
 
 def is_lifted() -> bool:
     """Whether tensors stand for more than their values: under functions of torch.func and in forward mode."""
-    return is_transformed() or torch.autograd.forward_ad._current_level >= 0
+    return is_transformed() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives of forward mode may be on, also those of torch.func; in eager mode only."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.compat import fused, is_fused, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import fused, is_forward_mode, is_fused, may_be_derived, with_known_signature
 
 
 class Layout(NamedTuple):
@@ -110,9 +110,6 @@ def weighted_sum(y: Tensor, gates: Tensor, layout: Layout, dtype: torch.dtype | 
     return _sum_choices(y, gates, layout.tokens, layout.choices, layout.places, dtype)
 
 
-# Each function has a twin for eager mode with a derivative of forward mode, which torch.compile does not trace.
-
-
 @with_known_signature
 class _Gather(Function):
     generate_vmap_rule = True
@@ -127,9 +124,8 @@ class _Gather(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, gates, *table = inputs
+        _, gates, *table = inputs
         ctx.save_for_backward(None if gates is None else output, gates, *table)
-        ctx.save_for_forward(None if gates is None else x, gates, *table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
@@ -145,16 +141,6 @@ class _Gather(Function):
             return *_gradients_of_gather(grad, rows, is_sent, places), None, None, None
         dgates = _at_places(torch.linalg.vecdot(grad, rows).to(gates.dtype), places)
         return _sum_choices(grad, is_sent, *table).to(grad.dtype), dgates, None, None, None
-
-
-class _EagerGather(_Gather):
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
-        x, gates, *table = ctx.saved_tensors
-        tangents = [] if dx is None else [_gather(dx, gates, *table)]
-        if dgates is not None:
-            tangents.append(_gather(x, None, *table) * _at_choices(dgates, table[1]).to(x.dtype))
-        return sum(tangents[1:], tangents[0])
 
 
 MOST_UNROLLED = 16  # choices of a token
@@ -205,7 +191,6 @@ class _SumChoices(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.dtype = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
@@ -227,24 +212,19 @@ class _SumChoices(Function):
         return torch.stack([_sum_choices(*one) for one in zip(*each, strict=True)]), 0
 
 
-class _EagerSumChoices(_SumChoices):
-    @staticmethod
-    def jvp(ctx: Any, dy: Tensor | None, dgates: Tensor | None, *_: None) -> Tensor:
-        y, gates, tokens, choices, places = ctx.saved_tensors
-        table = tokens, choices, places, ctx.dtype
-        tangents = [] if dy is None else [_sum_choices(dy, gates, *table)]
-        tangents += [] if dgates is None else [_sum_choices(y, dgates, *table)]
-        return sum(tangents[1:], tangents[0])
-
-
-def _gather(x: Tensor, *gates_and_table: Tensor | None) -> Tensor:
-    return _apply(_Gather, _EagerGather, x, *gates_and_table)
+def _gather(x: Tensor, gates: Tensor | None, *table: Tensor) -> Tensor:
+    if not is_forward_mode():
+        return _apply(_Gather, x, gates, *table)
+    rows = _Gather.forward(x, gates, *table)
+    return rows if gates is None else rows * _at_choices(1 + (gates - gates.detach()), table[1], 1.0).to(rows.dtype)
 
 
 def _sum_choices(
     y: Tensor, gates: Tensor, tokens: Tensor, choices: Tensor, places: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    return _apply(_SumChoices, _EagerSumChoices, y, gates, tokens, choices, places, dtype)
+    if is_forward_mode():
+        return _sum_each(y, gates, places, dtype or torch.promote_types(y.dtype, gates.dtype))
+    return _apply(_SumChoices, y, gates, tokens, choices, places, dtype)
 
 
 def _is_last(*tensors: Tensor) -> bool:
@@ -252,10 +232,8 @@ def _is_last(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or not may_be_derived(*tensors)
 
 
-def _apply(function: type[Function], eager: type[Function], *inputs: Any) -> Tensor:
-    if torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    return eager.apply(*inputs) if may_be_derived(*inputs) else function.forward(*inputs)
+def _apply(function: type[Function], *inputs: Any) -> Tensor:
+    return function.apply(*inputs) if may_be_derived(*inputs) else function.forward(*inputs)
 
 
 def _at_places(of_rows: Tensor, places: Tensor) -> Tensor:

@@ -164,8 +164,8 @@ FAULTS = [
     Fault(
         "forward mode ignores the gates of rows",
         "layouts.py",
-        "        if dgates is not None:\n            tangents.append(_gather(x",
-        "        if dx is None:\n            tangents.append(_gather(x",
+        "rows * _at_choices(1 + (gates - gates.detach()), table[1]",
+        "rows * _at_choices(1 + 0 * gates, table[1]",
         "test_layouts.py::test_forward_and_reverse_mode_agree_with_straight_through",
     ),
     Fault(
@@ -711,15 +711,15 @@ FAULTS = [
     Fault(
         "a derivative of a forward-mode derivative forgets that rows were scaled by their gates",
         "layouts.py",
-        "tangents = [] if dx is None else [_gather(dx, gates, *table)]",
-        "tangents = [] if dx is None else [_gather(dx, None, *table)]",
+        "rows * _at_choices(1 + (gates - gates.detach()), table[1], 1.0)",
+        "rows + rows.detach() * _at_choices(gates - gates.detach(), table[1])",
         "test_layouts.py::test_straight_through_is_the_derivative_of_scaling_by_one",
     ),
     Fault(
         "forward mode widens rows of half precision",
         "layouts.py",
-        "* _at_choices(dgates, table[1]).to(x.dtype))",
-        "* _at_choices(dgates, table[1]))",
+        "table[1], 1.0).to(rows.dtype)",
+        "table[1], 1.0)",
         "test_layouts.py::test_forward_mode_keeps_the_dtype_of_rows",
     ),
     Fault(

@@ -57,9 +57,11 @@ def test_transforms_are_noticed():
     assert not compat.is_transformed()
     torch.func.vmap(lambda x: seen.append(compat.is_lifted()) or x)(torch.ones(2))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(compat.is_lifted())
-    assert seen == [True] * 3
+        seen += [compat.is_lifted(), compat.is_forward_mode()]
+    torch.func.jvp(lambda x: seen.append(compat.is_forward_mode()) or x, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [True] * 5
     assert not compat.is_lifted()
+    assert not compat.is_forward_mode()
 
 
 def test_hooks_of_all_modules_modes_of_operators_and_forward_mode_are_noticed():
