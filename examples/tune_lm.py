@@ -2,13 +2,16 @@
 
     python examples/tune_lm.py --jobs 2
 
-The grid: optimizer, peak of the learning rate, initial values. Every run is a file in --out, and a run that is there is
-not repeated. Prints a table of bits per byte in validation, the best of each model in bold.
+The grid: optimizer, peak of the learning rate, initial values. The best of each model is then run on other seeds. Every
+run is a file in --out, and a run that is there is not repeated. Prints tables of bits per byte in validation, the best
+of the grid in bold.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import runs
 from language_model import LanguageModel
@@ -29,8 +32,9 @@ class Grid(Settings):
     """The options of the command line, of which those of `train_lm` that are no sizes stay as they are."""
 
     out: Path = option(Path("runs/grid"), "directory for a file of each run")  # noqa: RUF009
-    seed: int = option(100, "decides initial weights, order of the data and random routing", positive=False)
-    rates: tuple[float, ...] = option((5e-3, 1e-2, 2e-2), "peaks of the learning rate")
+    seed: int = option(100, "of the grid: decides initial weights, order of the data, random routing", positive=False)
+    rates: tuple[float, ...] = option((5e-3, 1e-2, 2e-2, 4e-2), "peaks of the learning rate")
+    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "of the runs that follow")
     jobs: int = option(1, "runs at the same time, with one thread each")
 
 
@@ -40,35 +44,61 @@ def reset(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-def run(model: str, optimizer: str, initial: str, rate: float, settings: Grid) -> dict:
+class Cell(NamedTuple):
+    """Of the grid."""
+
+    optimizer: str
+    initial: str
+    rate: float
+    model: str
+
+
+def run(cell: Cell, settings: Grid) -> dict:
     """Train one model, and tell how well it predicts."""
-    settings = replace(settings, dense=model == "dense", lr=rate)
+    settings = replace(settings, dense=cell.model == "dense", lr=cell.rate)
     text, validation = runs.read_corpus(settings.text, settings.seq_len)
     trained: LanguageModel = build_model(settings)
-    if initial == INITIAL[1]:
+    if cell.initial == INITIAL[1]:
         trained.apply(reset)
-    optimizers = OPTIMIZERS[optimizer](trained, rate)
+    optimizers = OPTIMIZERS[cell.optimizer](trained, cell.rate)
     for step in range(settings.steps):
         batch = *training_batch(text, step, settings), routing_draws(step, settings)
         update(trained, optimizers, batch, learning_rate(step, settings), settings)
     return {"bits": evaluate(trained, validation, settings)}
 
 
-def main() -> None:
-    settings = parse(Grid, __doc__, only=("out", "seed", "rates", "jobs", *SIZES))
-    grid = list(product(OPTIMIZERS, INITIAL, settings.rates, MODELS))
-    sizes = {size: getattr(settings, size) for size in (*SIZES, "seed")}
+def bits_of(cells: Sequence[tuple[Cell, int]], settings: Grid) -> list[float]:
+    """Bits per byte of cells of the grid, each with a seed."""
+    sizes = {size: getattr(settings, size) for size in SIZES}
     wanted = [
-        Run(f"{model}-{optimizer}-{INITIAL.index(initial)}-{rate}", (model, optimizer, initial, rate, settings), sizes)
-        for optimizer, initial, rate, model in grid
+        Run(
+            f"{cell.model}-{cell.optimizer}-{INITIAL.index(cell.initial)}-{cell.rate}-{seed}",
+            (cell, replace(settings, seed=seed)),
+            sizes,
+        )
+        for cell, seed in cells
     ]
-    bits = [result["bits"] for result in results(run, wanted, settings.out, settings.jobs)]
-    best = {model: min(each for each, (*_, kind) in zip(bits, grid, strict=True) if kind == model) for model in MODELS}
-    cells = iter(f"**{each:.3f}**" if each in best.values() else f"{each:.3f}" for each in bits)
-    print(f"| optimizer | initial values | learning rate | {' | '.join(MODELS)} |")
-    print("|---|---|---|---|---|")
-    for optimizer, initial, rate in product(OPTIMIZERS, INITIAL, settings.rates):
-        print(f"| {optimizer} | {initial} | {rate:g} | {' | '.join(next(cells) for _ in MODELS)} |")
+    return [result["bits"] for result in results(run, wanted, settings.out, settings.jobs)]
+
+
+def main() -> None:
+    settings = parse(Grid, __doc__, only=("out", "seed", "rates", "seeds", "jobs", *SIZES))
+    grid = [Cell(*cell) for cell in product(OPTIMIZERS, INITIAL, settings.rates, MODELS)]
+    bits = dict(zip(grid, bits_of([(cell, settings.seed) for cell in grid], settings), strict=True))
+    best = [min((cell for cell in grid if cell.model == model), key=bits.__getitem__) for model in MODELS]
+    print(f"| optimizer | initial values | learning rate | {' | '.join(MODELS)} |\n|---|---|---|---|---|")
+    for row in product(OPTIMIZERS, INITIAL, settings.rates):
+        cells = [Cell(*row, model) for model in MODELS]
+        marked = [f"**{bits[cell]:.3f}**" if cell in best else f"{bits[cell]:.3f}" for cell in cells]
+        print(f"| {row[0]} | {row[1]} | {row[2]:g} | {' | '.join(marked)} |")
+    each = bits_of([(cell, seed) for cell in best for seed in settings.seeds], settings)
+    sparse, dense = each[: len(settings.seeds)], each[len(settings.seeds) :]
+    print(f"\n| seed | {' | '.join(MODELS)} | dense above sparse |\n|---|---|---|---|")
+    rows = list(zip(settings.seeds, sparse, dense, strict=True))
+    for seed, mine, theirs in rows:
+        print(f"| {seed} | {mine:.3f} | {theirs:.3f} | {theirs - mine:+.3f} |")
+    above = [theirs - mine for _, mine, theirs in rows]
+    print(f"| mean (least to most) | {runs.spread(sparse)} | {runs.spread(dense)} | {runs.spread(above, '+.3f')} |")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Experts(Shardable):
     @typechecked
     def __init__(
         self,
-        experts: nn.ModuleList | Sequence[nn.Module],
+        experts: nn.ModuleList | nn.Sequential | Sequence[nn.Module],
         is_distributed: bool | None = None,
         allow_var_seq_len: bool = False,
         *,

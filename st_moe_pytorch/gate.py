@@ -106,6 +106,7 @@ class Gate(Routed[DenseRouting]):
         self.num_gates = num_gates
         self.group_size = group_size
         self.jitter = jitter
+        self.check_jitter()
         self.to_gates = RouterLinear(dim, num_gates)
 
     def decide(
@@ -162,8 +163,7 @@ class Gate(Routed[DenseRouting]):
         features = x if route_by is None else route_by
         if mask is not None:
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+        self.check_jitter()
         if self.jitter and self.training:
             features = features * torch.empty_like(features).uniform_(1 - self.jitter, 1 + self.jitter)
         with without_autocast(x):
@@ -186,6 +186,11 @@ class Gate(Routed[DenseRouting]):
         """The routing of x (b n d) as dense tensors (b n e c). Arguments as in `route`."""
         routing = self.route(x, noise_gates, noise_mult, mask=mask, route_by=route_by, draws=draws)
         return DenseRouting(*routing.dense(), routing.balance_loss, routing.router_z_loss)
+
+    def check_jitter(self) -> None:
+        """Raise ValueError for a jitter that means nothing."""
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
 
     def check_capacity(self) -> None:
         """Raise ValueError for settings of capacity that mean nothing."""

@@ -150,7 +150,7 @@ class TopNGating(Gate):
         clean = logits.reshape(*groups, e)
         scores = self.scores(clean if noised is None else noised.reshape(*groups, e))
         choices = None if choices is None else choices.fitted((b, n, k), e, groups)
-        best = self.topk(scores, k=k, indices=None if choices is None else choices.indices)
+        best = self.topk(scores, k=k) if choices is None else self.topk(scores, k=k, indices=choices.indices)
         gates = self._normalised(best)
         asked = self._asked(gates.detach(), real, draws)  # in a replay too, so that later draws are those of a free run
         if choices is None:
@@ -256,14 +256,17 @@ class TopNGating(Gate):
 
     def _thresholds(self, name: str, given: float | Sequence[float]) -> list[float]:
         """Numbers ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""
-        later = tuple(given) if isinstance(given, Sequence) else (given,) * (self.top_n - 1)
+        try:
+            later = [float(threshold) for threshold in given]  # pyright: ignore[reportGeneralTypeIssues] - or a number
+        except TypeError:
+            later = [float(given)] * (self.top_n - 1)  # pyright: ignore[reportArgumentType]
         if len(later) != self.top_n - 1:
             raise ValueError(
                 f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}"
             )
         if not all(0 <= t <= 1 for t in later):
             raise ValueError(f"{name} must lie in [0, 1], got {given}")
-        return [float(number) for number in (self.eps, *later)]
+        return [float(self.eps), *later]
 
 
 def refuse_other_top_n(gate: TopNGating, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -209,8 +209,8 @@ def nature(module: nn.Module) -> tuple[Any, ...] | None:
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:
     """Experts that start as copies of a feed-forward, which stays as it is, with noise as of `MoE.from_dense`."""
     check_counts(num_experts=num_experts)
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
+    if not noise >= 0:
+        raise ValueError(f"noise must be 0 or more, got {noise}")
     # a function goes on calling what it was written for, where methods and partials are copied with their module
     if assigned := [
         name or "itself"

@@ -73,7 +73,7 @@ class MoE(Routed[MixtureOfExpertsReturn]):
         gating_top_n: int = 2,
         balance_loss_coef: float = 1e-2,
         router_z_loss_coef: float = 1e-3,
-        experts: Experts | nn.ModuleList | Sequence[nn.Module] | None = None,
+        experts: Experts | nn.ModuleList | nn.Sequential | Sequence[nn.Module] | None = None,
         straight_through_dispatch_tensor: bool = True,
         differentiable_topk: bool = False,
         differentiable_topk_fused: bool = True,
@@ -138,6 +138,8 @@ class MoE(Routed[MixtureOfExpertsReturn]):
             names = signature(TopNGating).parameters
             # eps so small that gates sum to 1 in float64 too
             settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
+            if {"top_n", "gating_top_n"} <= arguments.keys():
+                raise ValueError("top_n and gating_top_n must not both be given: they are the same")
             top_n = arguments.pop("gating_top_n", 2)
             settings |= {"capacity_factor_train": None, "capacity_factor_eval": None, "top_n": top_n}
             settings |= {name: arguments.pop(name) for name in list(arguments) if name in names}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
@@ -338,3 +339,14 @@ def test_groups_and_ddp(tmp_path):
         assert not distributed.compat.is_managed_by_ddp(model.averaged.weight)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.compile
+def test_compiled_code_is_made_for_fixed_numbers():
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    zeros = torch.compile(lambda x, number: x.new_zeros(int(compat.fixed(number) * 4)), backend=counter, fullgraph=True)
+    for number in (1.0, 1.5, 2.0, 1.5):
+        assert zeros(torch.ones(1), number).shape == (int(number * 4),)
+    assert counter.frame_count == 3
+    assert compat.fixed(None) is None

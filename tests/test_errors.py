@@ -66,6 +66,9 @@ def test_bad_calls_of_the_gate():
         (dict(policy_train="argmax"), "policy_train must be one of 'all', 'none', 'threshold', 'random', got 'argmax'"),
         (dict(policy_eval="Random"), "policy_eval must be one of .* got 'Random'"),
         (dict(priority="probability"), "priority must be one of 'position', 'token', 'gate', got 'probability'"),
+        (dict(jitter=1.0), r"jitter must lie in \[0, 1\), got 1.0"),
+        (dict(jitter=float("nan")), r"jitter must lie in \[0, 1\), got nan"),
+        (dict(top_n=3, threshold_train=torch.tensor([0.1, 1.2])), r"threshold_train must lie in \[0, 1\], got tensor"),
         (dict(top_n=1, second_place_loss=True), "second_place_loss needs a second choice.*top_n to at least 2, got 1"),
     ],
     ids=str,
@@ -105,6 +108,8 @@ def test_wrong_types(build, name):
         (lambda: RMSNorm(0), "dim must be a positive number, got 0"),
         (lambda: GEGLU(-1), "dim must be a positive number, got -1"),
         (lambda: Experts([]), "experts must hold at least one module"),
+        (lambda: MoE.from_dense(nn.Linear(8, 8), 8, 4, top_n=2, gating_top_n=1), "must not both be given"),
+        (lambda: MoE.from_dense(nn.Linear(8, 8), 8, 4, noise=float("nan")), "noise must be 0 or more, got nan"),
     ],
 )
 def test_bad_layers(build, message):

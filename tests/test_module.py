@@ -3,10 +3,12 @@
 import copy
 import inspect
 import io
+import operator
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from oracles import assert_close, gradients
@@ -61,6 +63,24 @@ def test_attributes_that_clients_read():
     assert best.indices.tolist() == [1, 2]
     assert best.values.tolist() == pytest.approx([0.4, 0.4])
     assert best.coor_descent_values is None
+
+
+def test_topk_may_be_assigned_and_experts_may_come_as_a_sequential():
+    chain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    moe, x = MoE(8, 4, experts=chain, capacity_factor_eval=None).eval(), torch.randn(2, 5, 8)
+    assert all(map(operator.is_, moe.experts.experts, chain))
+    usual = moe.gate.route(x).indices
+    best = moe.gate.topk
+    moe.gate.topk = lambda values, k: best(-values, k)
+    assert (moe.gate.route(x).indices != usual).all()
+    assert moe(x).outputs.shape == x.shape
+
+
+@pytest.mark.parametrize(("several", "one"), [(list, float), (tuple, float), (torch.tensor,) * 2, (np.array,) * 2])
+def test_thresholds_are_numbers_or_sequences_of_any_kind(several, one):
+    gate = TopNGating(8, 4, top_n=3, threshold_train=several([0.25, 0.5]), threshold_eval=one(0.125))
+    assert gate.threshold_train.tolist()[1:] == [0.25, 0.5]
+    assert gate.threshold_eval.tolist()[1:] == [0.125, 0.125]
 
 
 def test_names_and_signatures_of_0_1_8():

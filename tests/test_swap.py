@@ -259,6 +259,16 @@ def test_blocks_can_be_nested_and_end_with_errors():
     assert broken.total == 0
 
 
+def test_a_block_without_swapped_layers_warns():
+    built_in = MoE(8, 4)
+    message = "no auxiliary losses were collected: no swapped-in layer ran in this block"
+    with pytest.warns(UserWarning, match=message), collect_aux_losses() as aux:
+        built_in(torch.randn(2, 5, 8))
+    assert aux.total == 0
+    with torch.no_grad(), collect_aux_losses():
+        built_in(torch.randn(2, 5, 8))
+
+
 def run_threads(work, number=8):
     errors = []
 

@@ -71,7 +71,7 @@ def test_noise_breaks_the_symmetry_by_as_much_as_it_says():
         assert 0.08 < difference < 0.12
     assert not torch.equal(copies[0].weight, copies[1].weight)
     assert all(map(torch.equal, ffn.parameters(), before))
-    with pytest.raises(ValueError, match="noise must not be negative, got -1"):
+    with pytest.raises(ValueError, match="noise must be 0 or more, got -1"):
         dense_copies(ffn, 3, noise=-1)
 
 

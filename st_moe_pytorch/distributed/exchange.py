@@ -280,10 +280,7 @@ def run_over_ranks(
 
 
 def run_together(
-    module: nn.Module,
-    numbers: Sequence[int],
-    blocks: Sequence[Tensor],
-    parameters: Mapping[int, dict[str, Tensor]],
+    module: nn.Module, numbers: Sequence[int], blocks: Sequence[Tensor], parameters: Mapping[int, dict[str, Tensor]]
 ) -> list[Tensor]:
     """As a `Run`, by a module of all these experts: rows (t d) and int32 offsets, where those of each end -> (t d')."""
     sizes = [block.shape[1] for block in blocks]

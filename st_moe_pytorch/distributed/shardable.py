@@ -16,7 +16,7 @@ class Shardable(nn.Module):
 
     def __init__(
         self,
-        experts: Sequence[nn.Module] | nn.ModuleList,
+        experts: nn.ModuleList | nn.Sequential | Sequence[nn.Module],
         is_distributed: bool | None,
         strategy: str | Strategy,
         process_group: ProcessGroup | None,

@@ -189,6 +189,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and
     layers hold it.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, not its parameters as in torch.nn.utils, got {type(model).__name__}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
     sharded = sharded_parameters(model)

@@ -45,15 +45,8 @@ def plot_load(history: Mapping[int, Mapping[str, RoutingStats | Sequence[float]]
     for axes, layer in zip(panels, layers, strict=True):
         load = torch.stack([_load(history[step][layer]) for step in steps], dim=1)
         experts = load.shape[0]
-        image = axes.imshow(
-            load.cpu().numpy(),
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            cmap="RdBu_r",
-            vmin=0,
-            vmax=2 / experts,
-        )
+        look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "RdBu_r"}
+        image = axes.imshow(load.cpu().numpy(), **look, vmin=0, vmax=2 / experts)
         axes.set(
             title=f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})",
             xlabel="step",
@@ -138,10 +131,7 @@ HINT = (
 
 
 def text_page(
-    tokens: Sequence[str],
-    records: Mapping[str, Sequence[Routing]],
-    row: int = 0,
-    title: str = "Where tokens go",
+    tokens: Sequence[str], records: Mapping[str, Sequence[Routing]], row: int = 0, title: str = "Where tokens go"
 ) -> str:
     """An HTML page that shows where the tokens of a text go: each coloured by its first expert, a section per layer.
 
@@ -203,12 +193,8 @@ def _page(title: str, hint: str, sections: Sequence[str]) -> str:
 
 
 def _span(token: str, routing: Routing, row: int, place: int) -> str:
-    fates = {
-        "kept": routing.kept,
-        "dropped": routing.dropped,
-        "not asked": routing.not_asked,
-        "padding": routing.masked,
-    }
+    fates = {"kept": routing.kept, "dropped": routing.dropped, "not asked": routing.not_asked}
+    fates["padding"] = routing.masked
     told = []
     for rank, expert in enumerate(routing.indices[row, place].tolist()):
         fate = next(name for name, flags in fates.items() if flags[row, place, rank])

@@ -34,6 +34,7 @@ class AuxLosses:
         # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every
         # layer
         self.total: Tensor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        self.has_layers = False
 
 
 class _Collecting(threading.local):
@@ -51,7 +52,8 @@ def collect_aux_losses() -> Iterator[AuxLosses]:
 
     Add ``total`` to the loss. Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers
     that run again in the backward, for activation checkpointing, are not counted again. In evaluation the total is 0.
-    Of nested blocks, the innermost collects.
+    Of nested blocks, the innermost collects. Warns if no such layer ran: layers that are built into a model return
+    their losses instead.
     """
     before, losses = _COLLECTING.losses, AuxLosses()
     _COLLECTING.losses = losses
@@ -59,6 +61,9 @@ def collect_aux_losses() -> Iterator[AuxLosses]:
         yield losses
     finally:
         _COLLECTING.losses = before
+    if not losses.has_layers and torch.is_grad_enabled():
+        why = "no swapped-in layer ran in this block, and layers that are built into a model return their losses"
+        warnings.warn(f"no auxiliary losses were collected: {why}", stacklevel=3)
 
 
 class AuxLossTrainer:
@@ -113,6 +118,8 @@ class SparseFeedForward(nn.Module):
             raise ValueError(
                 f"{self.name}: experts must keep the width of a feed-forward, {self.dim}, got {outputs.shape[-1]}"
             )
+        if _COLLECTING.losses is not None:
+            _COLLECTING.losses.has_layers = True
         if self.training:
             self._hand_over(aux_loss)
         return outputs

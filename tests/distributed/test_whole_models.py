@@ -71,6 +71,8 @@ def check_norms_of_half_types(rank):
     numbers = 5 * DIM + 5 + 2 * DIM + 2 * sum(p.numel() for p in Expert(DIM).parameters())
     expected = torch.full((numbers,), 1.01, dtype=torch.bfloat16).double().norm()
     assert relative_error(clip_grad_norm_(model, 1.0), expected) < 1e-6
+    with pytest.raises(ValueError, match=r"model must be a module, not its parameters .* got generator"):
+        clip_grad_norm_(model.parameters(), 1.0)
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm must be 0 or more"):
             clip_grad_norm_(model, wrong)

@@ -97,7 +97,7 @@ def test_ways_to_balance_are_compared(tmp_path):
 
 @pytest.mark.slow
 def test_one_grid_tunes_both_models(tmp_path):
-    tiny = ["--seq-len", "32", "--dim", "32", "--depth", "1", "--experts", "4", "--steps", "3", "--rates", "0.01"]
+    tiny = ["--seq-len", 32, "--dim", 32, "--depth", 1, "--experts", 4, "--steps", 3, "--rates", 0.01, "--seeds", 0]
     table = run("tune_lm.py", *tiny, "--out", tmp_path)
     rows = re.findall(r"^\| (?:AdamW|Muon) \|.*\| 0\.01 \| (.*) \| (.*) \|$", table, flags=re.MULTILINE)
     assert len(rows) == 4
@@ -105,6 +105,9 @@ def test_one_grid_tunes_both_models(tmp_path):
         bits = [float(cell.strip("*")) for cell in column]
         assert len(set(bits)) == 4
         assert [cell for cell in column if "**" in cell] == [f"**{min(bits):.3f}**"]
+    sparse, dense, above = re.search(r"^\| 0 \| (.*) \| (.*) \| (.*) \|$", table, flags=re.MULTILINE).groups()
+    assert sparse not in rows[0]
+    assert abs(float(dense) - float(sparse) - float(above)) < 0.0011
     assert "was run with other settings" in start("tune_lm.py", *tiny, "--batch", 2, "--out", tmp_path).stderr
 
 
