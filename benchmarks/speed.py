@@ -103,14 +103,14 @@ def is_possible(contender: str, work: Workload) -> bool:
 
 def layer(work: Workload) -> Any:
     """This library's layer or, in the environment of the peers, that of 0.1.8."""
-    from st_moe_pytorch import MoE, TopNGating
+    import st_moe_pytorch
 
     if not work.dropless:
-        return MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
+        return st_moe_pytorch.MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
     nothing_dropped = {"capacity_factor_train": None, "capacity_factor_eval": None}
     policies = {"policy_train": "all", "policy_eval": "all"}
-    gate = TopNGating(work.dim, work.experts, top_n=work.k, **nothing_dropped, **policies)
-    return MoE(work.dim, work.experts, gate=gate).train(work.training)
+    gate = st_moe_pytorch.TopNGating(work.dim, work.experts, top_n=work.k, **nothing_dropped, **policies)
+    return st_moe_pytorch.MoE(work.dim, work.experts, gate=gate).train(work.training)
 
 
 def mixtral(work: Workload) -> Any:

@@ -256,6 +256,15 @@ def test_forward_and_reverse_mode_agree_with_straight_through():
     assert_close(forward, reverse)
 
 
+def test_second_derivatives_by_both_modes_in_all_orders_agree():
+    moe = MoE(4, 3, gate=TopNGating(4, 3, policy_train="all")).double()
+    x, cotangent = torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    expected = jacrev(jacrev(lambda x: (moe(x).outputs * cotangent).sum()))(x)
+    assert expected.norm() > 0.01
+    for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        assert_close(outer(inner(lambda x: (moe(x).outputs * cotangent).sum()))(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_sums_off_the_cpu_are_those_of_the_cpu(dtype):
     """Where memory is what takes time, results are summed by other operations, which run on the CPU too."""
