@@ -12,10 +12,12 @@ Compared are, each in fresh processes that take turns:
     layer     `MoE`
     dense     `MoE` through the einsums with its dense tensors, which are quadratic in n
     0.1.8     st-moe-pytorch 0.1.8
+    plain     `MoE` without what Mixtral's block lacks: biases, multiplicative biases, gradients of the gates through
+              the dispatched tokens
     mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the same
-              size (1,360 hidden units for our 1,365) without biases
+              size (1,360 hidden units for our 1,365)
 
-The first three run with the usual capacities and policies. Mixtral's block drops nothing, and is compared with layers
+The first four run with the usual capacities and policies. Mixtral's block drops nothing, and is compared with layers
 that do so too and ask for every choice.
 
 All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for
@@ -35,6 +37,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -42,7 +45,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CONTENDERS = ("floor", "layer", "dense", "0.1.8", "mixtral")
+CONTENDERS = ("floor", "layer", "dense", "plain", "0.1.8", "mixtral")
 PEERS = ("st-moe-pytorch==0.1.8", "transformers")
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -94,14 +97,14 @@ def is_possible(contender: str, work: Workload) -> bool:
     Mixtral's block has no capacity to be run with; the dense and old forms, which are quadratic in it, are not run
     without, and not compiled; 0.1.8 chooses two experts at least.
     """
-    if contender == "mixtral":
+    if contender in ("plain", "mixtral"):
         return work.dropless and not work.compiled
     if contender in ("dense", "0.1.8"):
         return not work.dropless and not work.compiled and not (contender == "0.1.8" and work.k < 2)
     return True
 
 
-def layer(work: Workload) -> Any:
+def layer(work: Workload, is_plain: bool = False) -> Any:
     """This library's layer or, in the environment of the peers, that of 0.1.8."""
     import st_moe_pytorch
 
@@ -109,8 +112,11 @@ def layer(work: Workload) -> Any:
         return st_moe_pytorch.MoE(work.dim, work.experts, gating_top_n=work.k).train(work.training)
     nothing_dropped = {"capacity_factor_train": None, "capacity_factor_eval": None}
     policies = {"policy_train": "all", "policy_eval": "all"}
-    gate = st_moe_pytorch.TopNGating(work.dim, work.experts, top_n=work.k, **nothing_dropped, **policies)
-    return st_moe_pytorch.MoE(work.dim, work.experts, gate=gate).train(work.training)
+    parts = {"straight_through_dispatch_tensor": not is_plain, **nothing_dropped, **policies}
+    gate = st_moe_pytorch.TopNGating(work.dim, work.experts, top_n=work.k, **parts)
+    biases = {"bias": not is_plain, "mult_bias": not is_plain}
+    experts = [st_moe_pytorch.Expert(work.dim, **biases) for _ in range(work.experts)]
+    return st_moe_pytorch.MoE(work.dim, work.experts, experts=experts, gate=gate).train(work.training)
 
 
 def mixtral(work: Workload) -> Any:
@@ -170,7 +176,7 @@ def build(contender: str, work: Workload) -> Callable[[], object]:
     if contender == "floor":
         run = matrix_products(work, x)
     else:
-        model = mixtral(work) if contender == "mixtral" else layer(work)
+        model = mixtral(work) if contender == "mixtral" else layer(work, contender == "plain")
         if contender == "dense":
             model.gate.forward = model.gate.forward  # an assigned forward decides by its dense tensors
             warnings.filterwarnings("ignore", message="the gate's forward is overridden")
@@ -273,14 +279,19 @@ def ratios(found: Results, name: str, key: str, base: str) -> str:
     return f"{median(each):.2f}{spread}"
 
 
-def columns(peers: Sequence[str]) -> dict[str, Callable[[Results], str]]:
+def columns(ours: Sequence[str], peers: Sequence[str]) -> dict[str, Callable[[Results], str]]:
     """Heads of a table's columns, and what stands in them for a workload."""
+
+    def each(key: str, names: Sequence[str], bases: Sequence[str]) -> dict[str, Callable[[Results], str]]:
+        pairs = product(names, bases)
+        return {f"{name} / {base}": partial(ratios, name=name, key=key, base=base) for name, base in pairs}
+
     return {
         "floor": lambda found: f"{median(result['seconds'] for result in found['floor']) * 1e3:.1f} ms",
-        **{f"{name} / floor": partial(ratios, name=name, key="seconds", base="floor") for name in ("layer", *peers)},
-        **{f"layer / {name}": partial(ratios, name="layer", key="seconds", base=name) for name in peers},
+        **each("seconds", (*ours, *peers), ("floor",)),
+        **each("seconds", ours, peers),
         "memory of layer": lambda found: f"{median(result['memory'] for result in found['layer']) / 2**20:.0f} MiB",
-        **{f"memory: {name} / layer": partial(ratios, name=name, key="memory", base="layer") for name in peers},
+        **{f"memory: {head}": of for head, of in each("memory", peers, ("layer",)).items()},
     }
 
 
@@ -340,16 +351,19 @@ def main() -> None:
         return
     works = [work for work in WORKLOADS if args.only in work.name]
     with tempfile.TemporaryDirectory() as folder:
-        pythons = dict.fromkeys(CONTENDERS[:3], sys.executable)
+        pythons = dict.fromkeys(CONTENDERS[:4], sys.executable)
         if not args.no_peers:
-            pythons |= dict.fromkeys(CONTENDERS[3:], install_peers(folder))
+            pythons |= dict.fromkeys(CONTENDERS[4:], install_peers(folder))
         print(
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n"
         )
         found: dict[str, Results] = {}
         settings = {} if args.default_allocator else KEEP_MEMORY
-        for peers, is_dropless in ((("dense", "0.1.8"), False), (("mixtral",), True)):
-            table = columns(peers)
+        for ours, peers, is_dropless in (
+            (("layer",), ("dense", "0.1.8"), False),
+            (("layer", "plain"), ("mixtral",), True),
+        ):
+            table = columns(ours, peers)
             mine = [work for work in works if work.dropless == is_dropless]
             if mine:
                 heads = ["workload", "(b, n, d), experts, k", *table]
