@@ -254,12 +254,12 @@ class TopNGating(Gate):
         changed = (f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual)
         return ", ".join((f"{self.dim}, {self.num_gates}", *settings, *changed))
 
-    def _thresholds(self, name: str, given: float | Sequence[float]) -> list[float]:
+    def _thresholds(self, name: str, given: Any) -> list[float]:
         """Numbers ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""
         try:
-            later = [float(threshold) for threshold in given]  # pyright: ignore[reportGeneralTypeIssues] - or a number
-        except TypeError:
-            later = [float(given)] * (self.top_n - 1)  # pyright: ignore[reportArgumentType]
+            later = [float(threshold) for threshold in given]
+        except TypeError:  # 0-d tensors and arrays have an __iter__ too
+            later = [float(given)] * (self.top_n - 1)
         if len(later) != self.top_n - 1:
             raise ValueError(
                 f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}"

@@ -28,6 +28,62 @@ REFUSED = "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_r
 
 FAULTS = [
     Fault(
+        "a jitter that means nothing is noticed in training only",
+        "gate.py",
+        "        self.check_jitter()\n        self.to_gates",
+        "        self.to_gates",
+        "test_errors.py::test_bad_gates",
+    ),
+    Fault(
+        "one of two numbers of choices is dropped",
+        "moe.py",
+        'if {"top_n", "gating_top_n"} <= arguments.keys():',
+        "if False:",
+        "test_errors.py::test_bad_layers",
+    ),
+    Fault(
+        "noise of nan is added to copies",
+        "layers.py",
+        "if not noise >= 0:",
+        "if noise < 0:",
+        "test_errors.py::test_bad_layers",
+    ),
+    Fault(
+        "thresholds in a tensor or an array pass for one number",
+        "gating.py",
+        "later = [float(threshold) for threshold in given]",
+        "later = [float(threshold) for threshold in (given if isinstance(given, Sequence) else None)]",
+        "test_module.py::test_thresholds_are_numbers_or_sequences_of_any_kind",
+    ),
+    Fault(
+        "an assigned topk is called with indices",
+        "gating.py",
+        "self.topk(scores, k=k) if choices is None else",
+        "self.topk(scores, k=k, indices=None) if choices is None else",
+        "test_module.py::test_topk_may_be_assigned_and_experts_may_come_as_a_sequential",
+    ),
+    Fault(
+        "experts may not come as a Sequential",
+        "moe.py",
+        "experts: Experts | nn.ModuleList | nn.Sequential | Sequence[nn.Module] | None = None,",
+        "experts: Experts | nn.ModuleList | Sequence[nn.Module] | None = None,",
+        "test_module.py::test_topk_may_be_assigned_and_experts_may_come_as_a_sequential",
+    ),
+    Fault(
+        "gradients of parameters in place of a model are clipped somehow",
+        "distributed/sharding.py",
+        "if not isinstance(model, nn.Module):",
+        "if False:",
+        "distributed/test_whole_models.py",
+    ),
+    Fault(
+        "forward mode of forward mode goes through autograd functions",
+        "layouts.py",
+        "    if is_forward_mode():\n",
+        "    if False:\n",
+        "test_layouts.py::test_second_derivatives_by_both_modes_in_all_orders_agree",
+    ),
+    Fault(
         "compiled layers make a variable of a capacity factor that has changed",
         "routing.py",
         "tokens, factor = as_int(tokens), fixed(factor)",
