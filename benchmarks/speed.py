@@ -2,7 +2,7 @@
 
 Printed are ratios of the same round.
 
-    python benchmarks/speed.py                       # everything, about half an hour
+    python benchmarks/speed.py                       # everything, about an hour
     python benchmarks/speed.py --only decoding       # the workloads with that word in their name
     python benchmarks/speed.py --no-peers            # without installing other libraries into a temporary folder
 
@@ -14,14 +14,13 @@ Compared are, each in fresh processes that take turns:
     0.1.8     st-moe-pytorch 0.1.8
     plain     `MoE` without what Mixtral's block lacks: biases, multiplicative biases, gradients of the gates through
               the dispatched tokens
-    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products: gated experts of the same
-              size (1,360 hidden units for our 1,365)
+    mixtral   `MixtralSparseMoeBlock` of Hugging Face transformers with grouped products
 
 The first four run with the usual capacities and policies. Mixtral's block drops nothing, and is compared with layers
-that do so too and ask for every choice.
+that do so too and ask for every choice, all with as many hidden units: a multiple of 16, as its products need.
 
-All run with an allocator that keeps freed memory (settings of glibc). By default each step may fault in fresh pages for
-the gradients of all weights, or not, by chance, which for many small experts takes as long as their products.
+By default, glibc gives freed memory back, so that each step may fault in fresh pages for the gradients of all weights,
+or not, by chance, which for many small experts takes as long as their products. With --keep-memory it keeps them.
 """
 
 import argparse
@@ -104,6 +103,11 @@ def is_possible(contender: str, work: Workload) -> bool:
     return True
 
 
+def hidden_units(work: Workload) -> int:
+    """Of an expert as Mixtral's grouped products can have them."""
+    return int(work.dim * 4 * 2 / 3) // 16 * 16
+
+
 def layer(work: Workload, is_plain: bool = False) -> Any:
     """This library's layer or, in the environment of the peers, that of 0.1.8."""
     import st_moe_pytorch
@@ -115,7 +119,8 @@ def layer(work: Workload, is_plain: bool = False) -> Any:
     parts = {"straight_through_dispatch_tensor": not is_plain, **nothing_dropped, **policies}
     gate = st_moe_pytorch.TopNGating(work.dim, work.experts, top_n=work.k, **parts)
     biases = {"bias": not is_plain, "mult_bias": not is_plain}
-    experts = [st_moe_pytorch.Expert(work.dim, **biases) for _ in range(work.experts)]
+    hidden_mult = hidden_units(work) * 1.5 / work.dim + 1e-6
+    experts = [st_moe_pytorch.Expert(work.dim, hidden_mult, **biases) for _ in range(work.experts)]
     return st_moe_pytorch.MoE(work.dim, work.experts, experts=experts, gate=gate).train(work.training)
 
 
@@ -123,10 +128,9 @@ def mixtral(work: Workload) -> Any:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    hidden = int(work.dim * 4 * 2 / 3) // 16 * 16  # what its grouped product can do
     config = MixtralConfig(
         hidden_size=work.dim,
-        intermediate_size=hidden,
+        intermediate_size=hidden_units(work),
         num_local_experts=work.experts,
         num_experts_per_tok=work.k,
         experts_implementation="grouped_mm",
@@ -340,7 +344,7 @@ def main() -> None:
     )
     parser.add_argument("--no-peers", action="store_true", help="compare with nothing that has to be installed")
     parser.add_argument(
-        "--default-allocator", action="store_true", help="leave the settings of the allocator as they are"
+        "--keep-memory", action="store_true", help="have the allocator keep what a step frees for the next one"
     )
     parser.add_argument("--plot", type=Path, help="write a picture of the cost per token here (needs matplotlib)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -358,7 +362,7 @@ def main() -> None:
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} {platform.system()}\n"
         )
         found: dict[str, Results] = {}
-        settings = {} if args.default_allocator else KEEP_MEMORY
+        settings = KEEP_MEMORY if args.keep_memory else {}
         for ours, peers, is_dropless in (
             (("layer",), ("dense", "0.1.8"), False),
             (("layer", "plain"), ("mixtral",), True),

@@ -5,10 +5,10 @@ Every error names the argument, its value and the fix; nothing is changed before
 
 import math
 from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, get_origin
 
 import torch
+from beartype import BeartypeConf, FrozenDict, beartype
 from torch import Tensor, nn
 
 from st_moe_pytorch.compat import is_fake, is_transformed
@@ -19,21 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def typechecked(function: F) -> F:
     """Runtime type check for constructors. Forward methods stay unwrapped, so that they compile to one graph."""
 
-    @cache
-    def checked() -> Callable[..., Any]:
-        # at the first call, since importing beartype takes as long as importing this package
-        from beartype import BeartypeConf, FrozenDict, beartype
-
-        # numpy's numbers are as good, and so are 0-d tensors; check_one_of tells which strings may be
-        others: dict[Any, Any] = {int: SupportsIndex, float: SupportsFloat}
-        others |= {hint: str for hint in function.__annotations__.values() if get_origin(hint) is Literal}
-        return beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=FrozenDict(others)))(function)
-
-    @wraps(function)
-    def first_checked(*args: Any, **kwargs: Any) -> Any:
-        return checked()(*args, **kwargs)
-
-    return first_checked  # pyright: ignore[reportReturnType]
+    # numpy's numbers are as good, and so are 0-d tensors; check_one_of tells which strings may be
+    others: dict[Any, Any] = {int: SupportsIndex, float: SupportsFloat}
+    others |= {hint: str for hint in function.__annotations__.values() if get_origin(hint) is Literal}
+    return beartype(conf=BeartypeConf(violation_param_type=TypeError, hint_overrides=FrozenDict(others)))(function)
 
 
 def check_positive(**sizes: int | float | None) -> None:

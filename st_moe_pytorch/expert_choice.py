@@ -98,12 +98,9 @@ class ExpertChoiceGating(Gate):
         gates = probs.gather(-1, indices) / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         balance = token_balance_loss(probs, real) if self.training else logits.new_zeros(())
         z = router_z_loss(clean, real) if self.training else logits.new_zeros(())
-        per_choice = indices, slots, gates, kept, kept
-        indices, slots, gates, kept, asked = (t.view(b, n, e) for t in per_choice)
-        straight_through = self.straight_through_dispatch_tensor
-        return Routing(
-            indices, slots, gates, kept, asked, mask, logits, balance, z, capacity, e, groups, straight_through
-        )
+        per_choice = (t.view(b, n, e) for t in (indices, slots, gates, kept, kept))
+        others = mask, logits, balance, z, capacity, e, groups, self.straight_through_dispatch_tensor
+        return Routing._make((*per_choice, *others))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in signature(ExpertChoiceGating).parameters)

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.checks import is_blind, refuse_old_pickle, typechecked
-from st_moe_pytorch.compat import apply_to_tensors, eager, ends_recomputation, has_hooks, is_batched
+from st_moe_pytorch.compat import apply_to_tensors, contents, eager, ends_recomputation, has_hooks, is_batched
 from st_moe_pytorch.distributed.agreement import Results
 from st_moe_pytorch.distributed.collectives import used_for_nothing
 from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run_over_ranks, run_together
 from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import StrategyOrName
-from st_moe_pytorch.grouped import grouped_linear, has_kernel, put_side_by_side
-from st_moe_pytorch.layers import Expert, RMSNorm, gated_gelu, nature
+from st_moe_pytorch.grouped import grouped_linear, has_kernel
+from st_moe_pytorch.layers import Expert, RMSNorm, are_plain, gated_gelu
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
+from st_moe_pytorch.side_by_side import put_side_by_side, together
 
 
 class Experts(Shardable):
@@ -85,7 +86,7 @@ class Experts(Shardable):
         return rearrange(y, "(e b n) d -> b e n d", b=b, e=e, n=n)
 
     def flatten_parameters(self) -> None:
-        """Put the matrices of experts that share one kernel in a row in memory, where it reads them without a copy.
+        """Put the parameters of experts that share one kernel in a row in memory, where it reads them without a copy.
 
         As torch.nn.RNN, layers do so themselves when they come to a GPU in bfloat16. Parameters stay what and in whose
         modules they are. Call it after what gives them memory of their own, such as deepcopy or
@@ -93,9 +94,8 @@ class Experts(Shardable):
         """
         experts = [expert for expert in self.experts if expert is not None]
         if experts and are_alike(experts) and has_kernel(next(experts[0].parameters()), len(experts)):
-            for layers in zip(*(expert.net for expert in experts), strict=True):
-                if isinstance(layers[0], nn.Linear):
-                    put_side_by_side([layer.weight for layer in layers])
+            for column in zip(*(expert.state_dict(keep_vars=True).values() for expert in experts), strict=True):
+                put_side_by_side(column)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
         apply_to_tensors(self, fn, recurse)
@@ -209,9 +209,8 @@ def may_share_products(t: Tensor) -> bool:
 
 def are_alike(experts: Iterable[nn.Module]) -> bool:
     """Whether all are `Expert`s of one shape and mode, with nothing put around them, onto them or into them."""
-    first, *others = experts
-    wanted = nature(first) if type(first) is Expert else None
-    return wanted is not None and all(nature(other) == wanted for other in others)
+    modules = list(experts)
+    return type(modules[0]) is Expert and are_plain(modules)
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -219,7 +218,8 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
 
     gamma and mult_bias scale the columns of the matrix that comes after them.
     """
-    layers: list[tuple[Any, ...]] = list(zip(*(expert.net for expert in experts), strict=True))
+    nets = (contents(expert)[0]["net"] for expert in experts)
+    layers: list[tuple[Any, ...]] = list(zip(*(contents(net)[0].values() for net in nets), strict=True))
     norms = layers.pop(0) if isinstance(layers[0][0], RMSNorm) else ()
     up, gelus, *dropouts, down = layers
     if norms:
@@ -229,11 +229,11 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
     elif rows.dtype != up[0].weight.dtype:
         wanted = f"the dtype of the experts, {up[0].weight.dtype}, or run under autocast"
         raise ValueError(f"x must have {wanted}, got {rows.dtype}")
-    hidden = gated_gelu(grouped_linear(rows, *_parameters(up), [norm.gamma for norm in norms], offsets))
+    hidden = gated_gelu(grouped_linear(*together(rows, *_parameters(up), [norm.gamma for norm in norms]), offsets))
     for dropout in dropouts:
         hidden = dropout[0](hidden)
-    biases = [gelu.mult_bias for gelu in gelus if isinstance(gelu.mult_bias, Tensor)]
-    return grouped_linear(hidden, *_parameters(down), biases, offsets)
+    scales = [gelu.mult_bias for gelu in gelus] if isinstance(gelus[0].mult_bias, Tensor) else []
+    return grouped_linear(*together(hidden, *_parameters(down), scales), offsets)
 
 
 class SharedProducts(nn.ModuleList):
@@ -250,4 +250,5 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _parameters(linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
-    return [linear.weight for linear in linears], [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]
+    own: list[Any] = [contents(linear)[1] for linear in linears]
+    return [each["weight"] for each in own], [each["bias"] for each in own if each["bias"] is not None]

@@ -64,16 +64,7 @@ class Routed(nn.Module, Generic[R]):
 
     if TYPE_CHECKING:  # editors, to which a module's call is of any type
 
-        def __call__(
-            self,
-            x: Tensor,
-            noise_gates: bool = ...,
-            noise_mult: float = ...,
-            *,
-            mask: Tensor | None = ...,
-            route_by: Tensor | None = ...,
-            draws: Tensor | None = ...,
-        ) -> R: ...
+        def __call__(self, x: Tensor, *given: Any, **named: Any) -> R: ...
 
 
 class Gate(Routed[DenseRouting]):

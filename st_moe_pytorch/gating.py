@@ -1,6 +1,7 @@
 """Top-n gating: which experts each token goes to, with what weight, and whether it gets there."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -165,11 +166,9 @@ class TopNGating(Gate):
             kept = asked & (slots >= 0)
         balance, z = self._losses(clean, scores, best.indices, real)
         per_choice = best.indices, slots.masked_fill(~kept, -1), gates, kept, asked
-        indices, slots, gates, kept, asked = (t.view(b, n, k) for t in per_choice)
-        straight_through = self.straight_through_dispatch_tensor
-        return Routing(
-            indices, slots, gates, kept, asked, mask, logits, balance, z, capacity, e, groups, straight_through
-        )
+        per_choice = (t.view(b, n, k) for t in per_choice)
+        others = mask, logits, balance, z, capacity, e, groups, self.straight_through_dispatch_tensor
+        return Routing._make((*per_choice, *others))
 
     @property
     def balance_bias(self) -> bool:
@@ -239,20 +238,9 @@ class TopNGating(Gate):
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        train, evaluation = (
-            [round(t, 4) for t in ts.tolist()[1:]] for ts in (self.threshold_train, self.threshold_eval)
-        )
-        settings = (
-            f"top_n={self.top_n}",
-            f"policies {self.policy_train!r} and {self.policy_eval!r}",
-            f"thresholds {train} and {evaluation}",
-            f"capacity factors {self.capacity_factor_train} and {self.capacity_factor_eval} in training and evaluation",
-        )
-        others = {"min_expert_capacity": 4, "group_size": None, "priority": "position", "second_place_loss": False}
-        others |= {"differentiable_topk": False, "straight_through_dispatch_tensor": True}
-        others |= {"score": "softmax", "normalize_gates": True, "balance_bias": False, "jitter": 0.0}
-        changed = (f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual)
-        return ", ".join((f"{self.dim}, {self.num_gates}", *settings, *changed))
+        settings = {name: getattr(self, name) for name in signature(TopNGating).parameters}
+        settings |= {name: [round(t, 4) for t in getattr(self, name).tolist()[1:]] for name in self._built_with}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
     def _thresholds(self, name: str, given: Any) -> list[float]:
         """Numbers ``[eps, t_1, ...]`` for thresholds given as a number or as one for each choice after the first."""

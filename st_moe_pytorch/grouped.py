@@ -13,21 +13,18 @@ takes a product for each expert and looks at the offsets, once each way, which a
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.aligned import empty_rows
 from st_moe_pytorch.compat import copy_each, fused
+from st_moe_pytorch.side_by_side import ALIGNMENT, side_by_side
 
-STACKS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-"""Tensors of matrices that stand side by side, by address. Each lives as long as the memory of any of its matrices."""
-
+Tensors = Sequence[Tensor]
 MOST_GROUPS = 1023  # of CUDA's kernel
-ALIGNMENT = 8  # numbers of two bytes in the 16 that its strides must be multiples of
 
 
 def has_kernel(t: Tensor, num_experts: int) -> bool:
@@ -36,23 +33,25 @@ def has_kernel(t: Tensor, num_experts: int) -> bool:
 
 
 @torch.library.custom_op("st_moe_pytorch::grouped_linear", mutates_args=())
-def grouped_linear(
-    rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor
-) -> Tensor:
+def grouped_linear(rows: Tensor, weights: Tensors, biases: Tensors, scales: Tensors, offsets: Tensor) -> Tensor:
     """``(rows * scales[j]) @ weights[j].T + biases[j]`` for the rows of each expert j: (t i) -> (t o), in rows' dtype.
 
-    weights: e times (o i); biases: e times (o), or none; scales: e times (i), or none. They are cast to the dtype of
-        rows.
+    weights: e times (o i); biases: e times (o), or none; scales: e times (i), or none. One tensor of e may stand for e
+        of them, as `together` gives it. They are cast to the dtype of rows.
     offsets (e) int32: where the rows of each expert end. Of the rows behind the last one, the very last gives zero, the
     others anything.
 
     Twice differentiable, in rows and parameters. Experts without rows get gradients of zero.
     """
-    if has_kernel(rows, len(weights)):
-        y = F.grouped_mm(_aligned(rows), _scaled_stack(weights, scales, rows.dtype)[0].transpose(1, 2), offs=offsets)
-        y = y[:, : len(weights[0])].contiguous()
-        return _without_last(_add_bias(y, _stack(biases, y.dtype)[:, : y.shape[1]], offsets) if biases else y, offsets)
-    y, blocks = _empty_result(rows, weights), _blocks(offsets)
+    if has_kernel(rows, len(offsets)):
+        matrices, _ = _scaled_stack(weights, scales, rows.dtype, len(offsets))
+        y = F.grouped_mm(_aligned(rows), matrices.transpose(1, 2), offs=offsets)
+        y = y[:, : weights[0].shape[-2]].contiguous()
+        if biases:
+            y = _add_bias(y, _stack(biases, y.dtype, len(offsets))[:, : y.shape[1]], offsets)
+        return _without_last(y, offsets)
+    weights, biases, scales = (_each(tensors, len(offsets)) for tensors in (weights, biases, scales))
+    y, blocks = _empty_result(rows, weights, biases, scales, offsets), _blocks(offsets)
     for j, block in enumerate(blocks):
         matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
         if biases:
@@ -65,29 +64,28 @@ def grouped_linear(
 
 @torch.library.custom_op("st_moe_pytorch::grouped_linear_backward", mutates_args=())
 def grouped_linear_backward(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Tensor,
-    of_parameters: bool,
-    of_biases: bool,
+    grad: Tensor, rows: Tensor, weights: Tensors, scales: Tensors, offsets: Tensor, asked: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows (t i), weights (e o i), biases (e o), scales (e i), those that are not asked for empty."""
-    if has_kernel(rows, len(weights)):
-        (out, into), (grad, rows) = weights[0].shape, map(_aligned, (grad, rows))
-        matrices, unscaled = _scaled_stack(weights, scales, rows.dtype)
+    """Gradients of rows (t i), weights (e o i), biases (e o), scales (e i).
+
+    asked: whether for those of weights and scales, and of biases, which are empty otherwise.
+    """
+    of_parameters, of_biases = asked
+    if has_kernel(rows, len(offsets)):
+        (out, into), (grad, rows) = weights[0].shape[-2:], map(_aligned, (grad, rows))
+        matrices, unscaled = _scaled_stack(weights, scales, rows.dtype, len(offsets))
         drows = _without_last(F.grouped_mm(grad, matrices, offs=offsets)[:, :into].contiguous(), offsets)
         dweights, dbiases, dscales = rows.new_empty(0, out, into), rows.new_empty(0, out), rows.new_empty(0, into)
         if of_parameters:
             dweights = _outer(grad, rows, offsets)
             if scales:
-                dweights, dscales = _gradients_of_scaled(dweights, unscaled, _stack(scales, rows.dtype))
+                dweights, dscales = _gradients_of_scaled(dweights, unscaled, _stack(scales, rows.dtype, len(offsets)))
             dweights, dscales = dweights[:, :out, :into].contiguous(), dscales[:, :into].contiguous()
         if of_biases:
             dbiases = _outer(grad, rows.new_ones(len(rows), ALIGNMENT), offsets)[:, :out, 0].contiguous()
         return drows, dweights, dbiases, dscales
-    found = _empty_gradients(grad, rows, weights, scales, offsets, of_parameters, of_biases)
+    weights, scales = (_each(tensors, len(offsets)) for tensors in (weights, scales))
+    found = _empty_gradients(grad, rows, weights, scales, offsets, asked)
     (drows, dweights, dbiases, dscales), blocks = found, _blocks(offsets)
     for j, block in enumerate(blocks):
         torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
@@ -104,18 +102,18 @@ def grouped_linear_backward(
 
 
 @grouped_linear.register_fake
-def _empty_result(rows: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
-    return _empty_rows(rows, weights, *weights[0].shape)
+def _empty_result(rows: Tensor, weights: Tensors, biases: Any, scales: Any, offsets: Tensor) -> Tensor:
+    return _empty_rows(rows, offsets, *weights[0].shape[-2:])
 
 
 @grouped_linear_backward.register_fake
 def _empty_gradients(
-    grad: Tensor, rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor, *asked: bool
+    grad: Tensor, rows: Tensor, weights: Tensors, scales: Tensors, offsets: Tensor, asked: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_parameters, of_biases = asked
-    e, (out, into) = len(weights), weights[0].shape
+    e, (out, into) = len(offsets), weights[0].shape[-2:]
     return (
-        _empty_rows(rows, weights, into, out),
+        _empty_rows(rows, offsets, into, out),
         grad.new_empty(e if of_parameters else 0, out, into),
         grad.new_empty(e if of_biases else 0, out),
         grad.new_empty(e if of_parameters and scales else 0, into),
@@ -124,51 +122,50 @@ def _empty_gradients(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, biases, scales, offsets = inputs
-    ctx.num_experts, ctx.num_biases = len(weights), len(biases)
-    ctx.of_parameters = any(t.requires_grad for t in (*weights, *scales))
-    ctx.of_biases = any(t.requires_grad for t in biases)
+    ctx.lengths = len(weights), len(biases), len(scales)
+    ctx.asked = [any(t.requires_grad for t in tensors) for tensors in ((*weights, *scales), biases)]
     ctx.save_for_backward(rows, offsets, *weights, *scales)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, offsets, *parameters = ctx.saved_tensors
-    weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
-    asked = ctx.of_parameters, ctx.of_biases
-    drows, *others = grouped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, *asked)
-    # views of one buffer each, which become the parameters' gradients without a copy
-    dweights, dbiases, dscales = (list(t.to(weights[0].dtype).unbind()) for t in others)
-    lengths = len(weights), ctx.num_biases, len(scales)
-    return drows, *(t or [None] * n for t, n in zip((dweights, dbiases, dscales), lengths, strict=True)), None
+    weights, scales = parameters[: ctx.lengths[0]], parameters[ctx.lengths[0] :]
+    drows, *others = grouped_linear_backward(grad.contiguous(), rows, weights, scales, offsets, ctx.asked)
+    return drows, *map(_as_given, (t.to(weights[0].dtype) for t in others), ctx.lengths), None
+
+
+def _as_given(t: Tensor, length: int) -> list[Any]:
+    """Gradients (e ...) for a list of that length: one tensor, or views of it; none of those not asked for."""
+    if len(t) == 0:
+        return [None] * length
+    return [t] if length < len(t) else list(t.unbind())
 
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad, rows, weights, scales, offsets, *_ = inputs
-    ctx.num_experts = len(weights)
+    ctx.lengths = len(weights), len(scales)
     ctx.save_for_backward(grad, rows, offsets, *weights, *scales)
 
 
 def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> tuple[Any, ...]:
     """Gradients of ``<drows, u> + <dweights, v> + <dbiases, c> + <dscales, q>``, as sums of the same two operators."""
     grad, rows, offsets, *parameters = ctx.saved_tensors
-    weights, scales = parameters[: ctx.num_experts], parameters[ctx.num_experts :]
-
-    def gradients(rows: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return grouped_linear_backward(grad, rows, weights, scales, offsets, True, False)
+    weights, scales = parameters[: ctx.lengths[0]], parameters[ctx.lengths[0] :]
 
     dgrad = grouped_linear(u, weights, [], scales, offsets)
-    _, dweights, _, dscales = gradients(u, weights, scales)
+    _, dweights, _, dscales = grouped_linear_backward(grad, u, weights, scales, offsets, [True, False])
     drows = torch.zeros_like(rows)
     if len(v) or len(c):
         matrices = v.unbind() if len(v) else list(map(torch.zeros_like, weights))
         dgrad = dgrad + grouped_linear(rows, matrices, c.unbind(), scales, offsets)
-        drows, _, _, more = gradients(rows, matrices, scales)
+        drows, _, _, more = grouped_linear_backward(grad, rows, matrices, scales, offsets, [True, False])
         dscales = dscales + more
     if len(q):
         dgrad = dgrad + grouped_linear(rows, weights, [], q.unbind(), offsets)
-        more, more_weights, _, _ = gradients(rows, weights, q.unbind())
+        more, more_weights, _, _ = grouped_linear_backward(grad, rows, weights, q.unbind(), offsets, [True, False])
         drows, dweights = drows + more, dweights + more_weights
-    dweights, dscales = (list(t.to(weights[0].dtype).unbind()) for t in (dweights, dscales))
-    return dgrad, drows, dweights, dscales, None, None, None
+    found = (t.to(weights[0].dtype) for t in (dweights, dscales))
+    return dgrad, drows, *map(_as_given, found, ctx.lengths), None, None
 
 
 grouped_linear.register_autograd(_gradients, setup_context=_keep)
@@ -178,18 +175,17 @@ grouped_linear_backward.register_autograd(_second_gradients, setup_context=_keep
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear)
 def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
     """Of all rows, since how many belong to an expert is not known without a look at the data."""
-    return 2 * rows[0] * weights[0][0] * weights[0][1]
+    return 2 * rows[0] * weights[0][-2] * weights[0][-1]
 
 
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
-def _flops_of_gradients(grad: Any, rows: Any, weights: Any, *others: Any, **_: Any) -> int:
-    _scales, _offsets, of_parameters, _of_biases = others
-    return _flops(rows, weights) * (2 if of_parameters else 1)
+def _flops_of_gradients(grad: Any, rows: Any, weights: Any, scales: Any, offsets: Any, asked: Any, **_: Any) -> int:
+    return _flops(rows, weights) * (2 if asked[0] else 1)
 
 
-def _empty_rows(rows: Tensor, weights: Sequence[Tensor], width: int, others: int) -> Tensor:
+def _empty_rows(rows: Tensor, offsets: Tensor, width: int, others: int) -> Tensor:
     """(t width), in aligned rows on CPU if they are hidden units, which there are more of than of others."""
-    is_aligned = rows.device.type == "cpu" and width > others and not has_kernel(rows, len(weights))
+    is_aligned = rows.device.type == "cpu" and width > others and not has_kernel(rows, len(offsets))
     return (empty_rows if is_aligned else torch.Tensor.new_empty)(rows, rows.shape[0], width)
 
 
@@ -199,7 +195,7 @@ def _blocks(offsets: Tensor) -> list[slice]:
     return list(map(slice, [0, *ends], ends))
 
 
-def _scaled(rows: Tensor, scales: Sequence[Tensor], j: int) -> Tensor:
+def _scaled(rows: Tensor, scales: Tensors, j: int) -> Tensor:
     return rows * scales[j].to(rows.dtype) if scales else rows
 
 
@@ -235,48 +231,31 @@ def _gradients_of_scaled(grad: Tensor, matrices: Tensor, scales: Tensor) -> tupl
     return grad * scales.unsqueeze(1), (grad * matrices).sum(1)
 
 
-def _scaled_stack(weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scaled_stack(weights: Tensors, scales: Tensors, dtype: torch.dtype, num_experts: int) -> tuple[Tensor, Tensor]:
     """The matrices (e o i) of aligned sizes, times the scales of their columns, and without them."""
-    matrices = side_by_side(weights) if weights[0].dtype == dtype else None
-    matrices = _stack(weights, dtype) if matrices is None else matrices
-    return _times(matrices, _stack(scales, dtype)) if scales else matrices, matrices
+    matrices = _stack(weights, dtype, num_experts)
+    return _times(matrices, _stack(scales, dtype, num_experts)) if scales else matrices, matrices
 
 
-def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(e ...), copied and cast in one pass, the other axes padded with zeros to aligned sizes."""
-    shape = tensors[0].shape
-    stack = tensors[0].new_empty(len(tensors), *(size + -size % ALIGNMENT for size in shape), dtype=dtype)
-    if stack.shape[1:] != shape:
+def _stack(tensors: Tensors, dtype: torch.dtype, num_experts: int) -> Tensor:
+    """(e ...) of aligned sizes, padded with zeros: as they stand, or copied and cast in one pass."""
+    stack = tensors[0] if len(tensors) < num_experts else side_by_side(tensors)
+    shape = tensors[0].shape if stack is None else stack.shape[1:]
+    aligned = num_experts, *(size + -size % ALIGNMENT for size in shape)
+    if stack is not None and (stack.dtype, stack.shape) == (dtype, aligned):
+        return stack
+    stack = tensors[0].new_empty(aligned, dtype=dtype)
+    if aligned[1:] != shape:
         stack.zero_()
-    copy_each(stack[(slice(None), *map(slice, shape))], tensors)
+    copy_each(stack[(slice(None), *map(slice, shape))], _each(tensors, num_experts))
     return stack
+
+
+def _each(tensors: Tensors, num_experts: int) -> Tensors:
+    """Those of each expert, where one tensor may stand for all."""
+    return tensors[0].unbind() if 0 < len(tensors) < num_experts else tensors
 
 
 def _aligned(rows: Tensor) -> Tensor:
     rest = -rows.shape[1] % ALIGNMENT
     return (F.pad(rows, (0, rest)) if rest else rows).contiguous()
-
-
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """All of the tensors as one (e ...), without a copy, if `put_side_by_side` has put these, and no others, there."""
-    stack = STACKS.get(tensors[0].data_ptr())
-    if stack is None or stack.dtype != tensors[0].dtype or stack.shape != (len(tensors), *tensors[0].shape):
-        return None
-    places = range(stack.data_ptr(), stack.data_ptr() + stack.nbytes, tensors[0].nbytes)
-    is_there = all(t.is_contiguous() and t.data_ptr() == at for t, at in zip(tensors, places, strict=True))
-    return stack if is_there else None
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
-    """Move parameters of one shape, dtype and device into one tensor, if the kernel can read it.
-
-    Each gets a storage of its own there, since those that share one would pass for tied parameters.
-    """
-    is_aligned = all(size % ALIGNMENT == 0 for size in parameters[0].shape)
-    if is_aligned and len(set(parameters)) == len(parameters) and side_by_side(parameters) is None:
-        stack = torch.stack(list(parameters))
-        STACKS[stack.data_ptr()] = stack
-        for parameter, place in zip(parameters, stack.unbind(), strict=True):
-            parameter.data = torch.from_dlpack(place)

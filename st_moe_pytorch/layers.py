@@ -2,6 +2,7 @@
 
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections.abc import Sequence
 from copy import deepcopy
 from types import FunctionType, NoneType
 from typing import Any
@@ -123,7 +124,7 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_align(x) or type(self.net) is not nn.Sequential or nature(self.net) is None:
+        if not may_align(x) or type(self.net) is not nn.Sequential or not are_plain([self.net]):
             return self.net(x)
         last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
         for layer in self.net:
@@ -191,19 +192,23 @@ class _GatedGELU(Function):
 PLAIN = {Expert, nn.Sequential, nn.Linear, GEGLU, RMSNorm, nn.Dropout}
 
 
-def nature(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a module computes but for its parameters' values, to compare; None if its class does not say what it is.
+def are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether all compute nothing but what their class and parameters say, and the same but for parameters' values.
 
-    It is asked for in every forward.
+    It is asked of all experts in every forward, and so of all at once, layer by layer.
     """
-    own, (children, parameters) = vars(module), contents(module)
-    if type(module) not in PLAIN or "forward" in own or has_hooks(module):
-        return None
-    parts = [nature(child) for child in children.values()]
-    if None in parts or not all(type(p) in (nn.Parameter, NoneType) for p in parameters.values()):
-        return None
-    tensors = [p if p is None else (p.shape, p.dtype, p.device) for p in parameters.values()]
-    return type(module), own["training"], own.get("p"), tensors, parts
+    kinds, columns = set(), []
+    for module in modules:
+        own, (children, parameters) = vars(module), contents(module)
+        if type(module) not in PLAIN or "forward" in own or has_hooks(module):
+            return False
+        kinds.add((type(module), own["training"], own.get("p"), len(children), len(parameters)))
+        columns.append((children.values(), parameters.values()))
+    for parameters in zip(*(own for _, own in columns), strict=False):
+        tensors = {p if p is None else (type(p), p.shape, p.dtype, p.device) for p in parameters}
+        if len(tensors) > 1 or type(parameters[0]) not in (nn.Parameter, NoneType):
+            return False
+    return len(kinds) == 1 and all(map(are_plain, zip(*(children for children, _ in columns), strict=False)))
 
 
 def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[nn.Module]:

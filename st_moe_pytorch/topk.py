@@ -20,18 +20,6 @@ class TopK(NamedTuple):
     coor_descent_values: Tensor | None
 
 
-def top_indices(values: Tensor, k: int) -> Tensor:
-    """Indices (..., k), int64, of the k largest of values (..., e), best first.
-
-    Ties go to the lowest index, unlike in torch.topk.
-    """
-    left, indices = values.detach(), []
-    for _ in range(k):
-        indices.append(left.argmax(dim=-1, keepdim=True))
-        left = left.scatter(-1, indices[-1], -torch.inf)
-    return torch.cat(indices, dim=-1)
-
-
 def coor_descent(scores: Tensor, k: float, n_iters: int = 20, eps: float = 0.1) -> Tensor:
     """Soft top-k by coordinate descent (CoLT5, Ainslie et al. 2023, section 3.1; Wright 2015).
 
@@ -60,7 +48,8 @@ def topk(
     of keeping all of them.
     """
     if indices is None:
-        indices = top_indices(values if bias is None else values + bias.to(values.dtype), k)
+        ranked = values.detach() if bias is None else values.detach() + bias.to(values.dtype)
+        indices = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # torch.topk breaks ties anyhow
     if not differentiable:
         return TopK(values.gather(-1, indices), indices, None)
     winners = min(k * 9 / 8, values.shape[-1])

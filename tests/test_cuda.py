@@ -14,12 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating, grouped
 from st_moe_pytorch.distributed import shard_experts
+from st_moe_pytorch.side_by_side import side_by_side
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -168,9 +170,9 @@ def test_experts_without_rows_get_zeros_where_memory_holds_other_numbers():
 def test_matrices_stand_side_by_side_on_a_gpu_in_bfloat16_alone():
     moe = layer(torch.float32, dim=48).cuda()
     weights = [[expert.net[i].weight for expert in moe.experts.experts] for i in (0, 2)]
-    assert not any(grouped.side_by_side(each) is not None for each in weights)
+    assert not any(side_by_side(each) is not None for each in weights)
     moe.bfloat16()
-    assert all(grouped.side_by_side(each) is not None for each in weights)
+    assert all(side_by_side(each) is not None for each in weights)
 
 
 def test_launches_do_not_grow_with_the_number_of_experts():

@@ -195,8 +195,9 @@ def test_layers_tell_their_settings():
     text = str(SparseMoEBlock(moe))
     for part in (
         "top_n=1",
-        "'random' and 'threshold'",
-        "capacity factors None and 2.0",
+        "policy_train='random', policy_eval='threshold'",
+        "threshold_train=[], threshold_eval=[]",
+        "capacity_factor_train=None, capacity_factor_eval=2.0",
         "balance_loss_coef=0.5",
         "priority='gate'",
     ):

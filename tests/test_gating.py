@@ -415,6 +415,14 @@ def test_the_only_gate_of_a_differentiable_topk_is_the_selection():
     assert_close(gates.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_a_token_never_chooses_an_expert_twice_even_where_most_are_impossible():
+    gate = TopNGating(6, 4, top_n=3, balance_bias=True, policy_eval="all").eval()
+    gate.bias.copy_(torch.tensor([-torch.inf, -torch.inf, 0, -torch.inf]))
+    routing = gate.route(torch.randn(1, 5, 6))
+    assert (routing.indices == torch.tensor([2, 0, 1])).all()
+    assert_close(routing.gates.sum(-1), torch.ones(1, 5), 1e-6)
+
+
 def test_a_token_that_is_certain_chooses_other_experts_after_its_first():
     routing = TopNGating(4, 4, top_n=3, policy_train="all").decide(torch.tensor([[[0.0, 200.0, 0.0, 0.0]]]))
     assert routing.gates.tolist() == [[[1, 0, 0]]]

@@ -20,6 +20,7 @@ from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
 from st_moe_pytorch.aligned import CACHE_LINE
 from st_moe_pytorch.experts import are_alike, run_shared
 from st_moe_pytorch.grouped import grouped_linear, grouped_linear_backward
+from st_moe_pytorch.side_by_side import STACKS, put_side_by_side, side_by_side, together
 
 INTO, OUT = 5, 3
 
@@ -154,7 +155,7 @@ def test_operators_are_what_torch_expects_of_them(scaled):
     for tensors in (lambda t: t, lambda t: [p.detach() for p in t]):
         torch.library.opcheck(grouped_linear, (rows, tensors(weights), tensors(biases), tensors(scales), offsets))
         for asked in ((True, True), (True, False), (False, True), (False, False)):
-            arguments = (grad, rows.detach(), tensors(weights), tensors(scales), offsets, *asked)
+            arguments = (grad, rows.detach(), tensors(weights), tensors(scales), offsets, asked)
             torch.library.opcheck(grouped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -167,7 +168,7 @@ def test_the_kernel_gives_what_is_told_of_it_without_data(scaled):
         # what memory behind the last expert's rows holds differs from run to run, so that values are compared elsewhere
         torch.library.opcheck(grouped_linear, inputs, test_utils=("test_schema", "test_faketensor"))
         for asked in ((True, True), (True, False), (False, True), (False, False)):
-            arguments = (grad, inputs[0], inputs[1], inputs[3], offsets, *asked)
+            arguments = (grad, inputs[0], inputs[1], inputs[3], offsets, asked)
             torch.library.opcheck(grouped_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -197,6 +198,33 @@ def test_second_derivatives_through_the_kernel_are_those_of_the_loop(scaled):
         # an expert without rows has none, in one as in the other
         assert_close(*(t[:used] if of_rows else t for t in (actual, expected)), 1e-4, may_vanish=True)
         assert expected.any() or not of_rows
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("kernel", "dtype"), [(False, torch.float64), (True, torch.float32)])
+def test_one_tensor_stands_for_those_of_all_experts(kernel, dtype, scaled):
+    rows, *lists, offsets = problem(scaled=scaled, dtype=dtype)
+    rows, used = rows.detach().nan_to_num().requires_grad_(), int(offsets[-1])
+    stacks = [[torch.stack(tensors).detach().requires_grad_()] if tensors else [] for tensors in lists]
+    cotangent = torch.randn(len(rows), OUT, dtype=dtype).index_fill(0, torch.arange(used, len(rows)), 0)
+    with kernel_on_cpu() if kernel else nullcontext():
+        y, expected = grouped_linear(rows, *stacks, offsets), grouped_linear(rows, *lists, offsets)
+        found = torch.autograd.grad(y, [rows, *(t for each in stacks for t in each)], cotangent)
+        wanted = torch.autograd.grad(expected, [rows, *(t for tensors in lists for t in tensors)], cotangent)
+    assert torch.equal(y[:used], expected[:used])
+    assert torch.equal(found[0][:used], wanted[0][:used])
+    e = len(offsets)
+    for i, stack in enumerate(found[1:]):
+        assert torch.equal(stack, torch.stack(wanted[1 + i * e : 1 + (i + 1) * e]))
+    if not kernel:
+        inputs = rows, *(t for each in stacks for t in each)
+
+        def product(rows, *parameters):
+            return grouped_linear(rows, *([t] for t in parameters), *([] if scaled else [[]]), offsets)[:used]
+
+        assert torch.autograd.gradcheck(product, inputs)
+        assert torch.autograd.gradgradcheck(product, inputs)
+        torch.library.opcheck(grouped_linear, (rows, *stacks, offsets))
 
 
 def alike(number=3, **options) -> Experts:
@@ -240,8 +268,8 @@ def test_layer_with_shared_products_is_the_layer_of_modules(kernel, dtype, rtol,
 
 def is_flat(experts: Experts) -> bool:
     present = [expert for expert in experts.experts if expert is not None]
-    stacks = [grouped.side_by_side([expert.net[i].weight for expert in present]) for i in (0, 2)]
-    return all(stack is not None for stack in stacks)
+    columns = zip(*(expert.parameters() for expert in present), strict=True)
+    return all(side_by_side(parameters) is not None for parameters in columns)
 
 
 def flat(number=4) -> Experts:
@@ -278,8 +306,8 @@ def test_parameters_side_by_side_are_read_and_trained_in_place(monkeypatch):
     others.load_state_dict(experts.state_dict())
     ends = torch.tensor([3, 3, 7, 9], dtype=torch.int32)
     copied = []
-    real = grouped._stack
-    monkeypatch.setattr(grouped, "_stack", lambda tensors, dtype: copied.append(tensors) or real(tensors, dtype))
+    real = grouped.copy_each
+    monkeypatch.setattr(grouped, "copy_each", lambda stack, tensors: copied.append(stack) or real(stack, tensors))
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (experts, others)]
     for _ in range(2):
         rows, cotangent = torch.randn(10, 8), torch.randn(9, 8)
@@ -289,7 +317,7 @@ def test_parameters_side_by_side_are_read_and_trained_in_place(monkeypatch):
             copied.clear()
             with kernel_on_cpu():
                 (run_shared(each.experts, rows, ends)[:9] * cotangent).sum().backward()
-            assert any(tensors[0].ndim == 2 for tensors in copied) == (each is others)
+            assert bool(copied) == (each is others)
             optimizer.step()
         for mine, theirs in zip(experts.parameters(), others.parameters(), strict=True):
             assert torch.equal(mine.grad, theirs.grad)
@@ -310,6 +338,60 @@ def test_a_parameter_that_is_changed_between_forward_and_backward_is_told():
                 parameter.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y[:9].sum().backward()
+
+
+def test_a_frozen_parameter_that_is_changed_is_told_too():
+    experts = flat().requires_grad_(False)
+    rows, ends = torch.randn(10, 8, requires_grad=True), torch.tensor([3, 3, 7, 9], dtype=torch.int32)
+    with kernel_on_cpu():
+        y = run_shared(experts.experts, rows, ends)
+        torch.autograd.grad(y[:9].sum(), rows, retain_graph=True)
+        experts.experts[2].net[1].mult_bias.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y[:9].sum(), rows)
+
+
+def test_frozen_parameters_side_by_side_cost_no_gradients():
+    experts = flat()
+    weights, biases = ([getattr(expert.net[0], name) for expert in experts.experts] for name in ("weight", "bias"))
+    for parameter in (*weights, biases[0]):
+        parameter.requires_grad_(False)
+    rows, (stack,), (bias,), scales = together(torch.randn(10, 8, requires_grad=True), weights, biases, [])
+    assert rows.requires_grad
+    assert bias.requires_grad
+    assert not stack.requires_grad
+    assert scales == []
+
+
+@pytest.mark.parametrize("frozen", ["", "0.net.0.weight", "net.1", "net.2"])
+def test_parameters_side_by_side_are_few_tensors_to_the_graph(frozen):
+    experts = flat()
+    others = Experts([Expert(8, 3) for _ in range(4)])
+    others.load_state_dict(experts.state_dict())
+    ends, found = torch.tensor([3, 3, 7, 9], dtype=torch.int32), []
+    values, cotangent = torch.randn(10, 8), torch.randn(9, 8)
+    for each in (experts, others):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(not frozen or frozen not in name)
+        rows = values.clone().requires_grad_()
+        with kernel_on_cpu():
+            y = run_shared(each.experts, rows, ends)[:9]
+        wanted = [rows, *(p for p in each.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(y, wanted, cotangent, create_graph=True)
+        with kernel_on_cpu():
+            second = torch.autograd.grad(sum(g[:9].square().sum() for g in first), wanted, materialize_grads=True)
+        nodes, seen = [y.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [parent for parent, _ in node.next_functions]
+        kinds = Counter(type(node).__name__ for node in seen)
+        found.append((first, second, kinds["_TogetherBackward"]))
+    (first, second, ours), (their_first, their_second, theirs) = found
+    assert (ours, theirs) == (2, 0)
+    for mine, other in zip((*first, *second), (*their_first, *their_second), strict=True):
+        assert_close(mine[:9], other[:9], 1e-6, may_vanish=True)
 
 
 def moved(experts):
@@ -335,13 +417,13 @@ def test_parameters_that_moved_are_copied_until_they_are_flattened_again(change)
 
 
 def test_experts_that_are_cut_take_no_memory():
-    experts, before = flat(), len(grouped.STACKS)
+    experts, before = flat(), len(STACKS)
     with kernel_on_cpu():
         experts.shard(SimpleNamespace(experts=range(1, 3)))
     assert is_flat(experts)
     weights = [expert.net[0].weight for expert in experts.experts if expert is not None]
-    assert len(grouped.side_by_side(weights)) == 2
-    assert len(grouped.STACKS) == before
+    assert len(side_by_side(weights)) == 2
+    assert len(STACKS) == before
 
 
 def test_a_parameter_that_experts_have_in_common_stays():
@@ -374,9 +456,9 @@ def test_a_copy_and_a_checkpoint_of_flat_parameters(tmp_path):
 def test_what_memory_does_not_hold_in_a_row_is_not_side_by_side():
     values = torch.randn(3, 8, 8)
     parameters = [nn.Parameter(value.clone()) for value in values]
-    assert grouped.side_by_side(parameters) is None
-    grouped.put_side_by_side(parameters)
-    stack = grouped.side_by_side(parameters)
+    assert side_by_side(parameters) is None
+    put_side_by_side(parameters)
+    stack = side_by_side(parameters)
     assert torch.equal(stack, values)
     assert stack.data_ptr() == parameters[0].data_ptr()
     first, *others = parameters
@@ -388,20 +470,20 @@ def test_what_memory_does_not_hold_in_a_row_is_not_side_by_side():
         [t.view(torch.int32) for t in parameters],
         values.clone().unbind(),
     ):
-        assert grouped.side_by_side(tensors) is None
+        assert side_by_side(tensors) is None
     odd = [nn.Parameter(torch.randn(8, 7)) for _ in range(2)]
-    grouped.put_side_by_side(odd)
-    assert grouped.side_by_side(odd) is None
+    put_side_by_side(odd)
+    assert side_by_side(odd) is None
 
 
 def test_memory_that_nobody_has_any_more_is_free():
     parameters = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
-    before = len(grouped.STACKS)
-    grouped.put_side_by_side(parameters)
+    before = len(STACKS)
+    put_side_by_side(parameters)
     for parameter in parameters:
-        assert len(grouped.STACKS) == before + 1
+        assert len(STACKS) == before + 1
         parameter.data = parameter.data.clone()
-    assert len(grouped.STACKS) == before
+    assert len(STACKS) == before
 
 
 def test_parameters_that_are_moved_in_inference_mode_can_be_trained():
@@ -439,8 +521,8 @@ def test_hidden_units_of_shared_products_begin_on_cache_lines(dtype):
     grad, line = torch.randn(7, 9, dtype=dtype), CACHE_LINE // dtype.itemsize
     up = grouped_linear(rows, weights, [], [], offsets)
     down = grouped_linear(grad, [w.t() for w in weights], [], [], offsets)
-    drows, *_ = grouped_linear_backward(grad, rows, weights, [], offsets, False, False)
-    dhidden, *_ = grouped_linear_backward(rows, grad, [w.t() for w in weights], [], offsets, False, False)
+    drows, *_ = grouped_linear_backward(grad, rows, weights, [], offsets, (False, False))
+    dhidden, *_ = grouped_linear_backward(rows, grad, [w.t() for w in weights], [], offsets, (False, False))
     assert [t.stride() for t in (up, dhidden)] == [(9 + -9 % line, 1)] * 2
     assert [t.stride() for t in (down, drows)] == [(6, 1)] * 2
 

@@ -36,7 +36,7 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 # imports only point up this list
 ORDER = [
     *("compat", "checks", "topk", "losses", "layouts", "routing"),
-    *("gate", "gating", "expert_choice", "aligned", "grouped", "layers"),
+    *("gate", "gating", "expert_choice", "aligned", "side_by_side", "grouped", "layers"),
     *(
         "distributed.compat",
         "distributed.placement",
@@ -133,7 +133,7 @@ def test_private_names_of_others_are_in_one_file():
             if (
                 isinstance(node, ast.Attribute)
                 and re.match(r"_[a-z]", node.attr)
-                and node.attr not in ("_replace", "_asdict", "_fields")
+                and node.attr not in ("_replace", "_asdict", "_fields", "_make")
             ):
                 owner = node.value.id if isinstance(node.value, ast.Name) else ""
                 assert owner in ("self", "cls"), f"{path.name}:{node.lineno}: {ast.unparse(node)}"
