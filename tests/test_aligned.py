@@ -166,6 +166,7 @@ class Called(nn.Module):
 
 
 def test_a_layer_of_many_tokens_equals_its_compiled_form():
+    torch._dynamo.reset()
     torch.manual_seed(0)
     moe = MoE(DIM, num_experts=2, capacity_factor_train=None).double()
     x = torch.randn(1, 3 * ROWS, DIM, dtype=torch.float64)
