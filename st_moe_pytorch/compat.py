@@ -131,7 +131,10 @@ def is_watched() -> bool:
 
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write tensors into a stack of them, maybe of another dtype, in few kernels: torch.stack casts one by one."""
-    torch._foreach_copy_(stack.unbind(), list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    if stack.dtype == tensors[0].dtype:
+        torch.stack(list(tensors), out=stack)
+    else:
+        torch._foreach_copy_(stack.unbind(), list(tensors))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def apply_to_tensors(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool) -> None:

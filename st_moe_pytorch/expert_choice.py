@@ -98,9 +98,9 @@ class ExpertChoiceGating(Gate):
         gates = probs.gather(-1, indices) / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         balance = token_balance_loss(probs, real) if self.training else logits.new_zeros(())
         z = router_z_loss(clean, real) if self.training else logits.new_zeros(())
-        per_choice = (t.view(b, n, e) for t in (indices, slots, gates, kept, kept))
-        others = mask, logits, balance, z, capacity, e, groups, self.straight_through_dispatch_tensor
-        return Routing._make((*per_choice, *others))
+        indices, slots, gates, kept = (t.view(b, n, e) for t in (indices, slots, gates, kept))
+        through = self.straight_through_dispatch_tensor
+        return Routing(indices, slots, gates, kept, kept, mask, logits, balance, z, capacity, e, groups, through)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in signature(ExpertChoiceGating).parameters)

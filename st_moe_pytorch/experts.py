@@ -209,8 +209,7 @@ def may_share_products(t: Tensor) -> bool:
 
 def are_alike(experts: Iterable[nn.Module]) -> bool:
     """Whether all are `Expert`s of one shape and mode, with nothing put around them, onto them or into them."""
-    modules = list(experts)
-    return type(modules[0]) is Expert and are_plain(modules)
+    return are_plain(modules := list(experts)) and type(modules[0]) is Expert
 
 
 def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Routed(nn.Module, Generic[R]):
 
     if TYPE_CHECKING:  # editors, to which a module's call is of any type
 
-        def __call__(self, x: Tensor, *given: Any, **named: Any) -> R: ...
+        def __call__(self, x: Tensor, noise_gates: bool = ..., noise_mult: float = ..., **given: Any) -> R: ...
 
 
 class Gate(Routed[DenseRouting]):

@@ -166,9 +166,9 @@ class TopNGating(Gate):
             kept = asked & (slots >= 0)
         balance, z = self._losses(clean, scores, best.indices, real)
         per_choice = best.indices, slots.masked_fill(~kept, -1), gates, kept, asked
-        per_choice = (t.view(b, n, k) for t in per_choice)
-        others = mask, logits, balance, z, capacity, e, groups, self.straight_through_dispatch_tensor
-        return Routing._make((*per_choice, *others))
+        indices, slots, gates, kept, asked = (t.view(b, n, k) for t in per_choice)
+        through = self.straight_through_dispatch_tensor
+        return Routing(indices, slots, gates, kept, asked, mask, logits, balance, z, capacity, e, groups, through)
 
     @property
     def balance_bias(self) -> bool:

@@ -110,8 +110,7 @@ def _empty_result(rows: Tensor, weights: Tensors, biases: Any, scales: Any, offs
 def _empty_gradients(
     grad: Tensor, rows: Tensor, weights: Tensors, scales: Tensors, offsets: Tensor, asked: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_parameters, of_biases = asked
-    e, (out, into) = len(offsets), weights[0].shape[-2:]
+    e, (out, into), (of_parameters, of_biases) = len(offsets), weights[0].shape[-2:], asked
     return (
         _empty_rows(rows, offsets, into, out),
         grad.new_empty(e if of_parameters else 0, out, into),
@@ -164,8 +163,7 @@ def _second_gradients(ctx: Any, u: Tensor, v: Tensor, c: Tensor, q: Tensor) -> t
         dgrad = dgrad + grouped_linear(rows, weights, [], q.unbind(), offsets)
         more, more_weights, _, _ = grouped_linear_backward(grad, rows, weights, q.unbind(), offsets, [True, False])
         drows, dweights = drows + more, dweights + more_weights
-    found = (t.to(weights[0].dtype) for t in (dweights, dscales))
-    return dgrad, drows, *map(_as_given, found, ctx.lengths), None, None
+    return dgrad, drows, *map(_as_given, (t.to(weights[0].dtype) for t in (dweights, dscales)), ctx.lengths), None, None
 
 
 grouped_linear.register_autograd(_gradients, setup_context=_keep)

@@ -1749,8 +1749,8 @@ FAULTS = [
     Fault(
         "experts that pick have no straight-through gradient",
         "expert_choice.py",
-        "groups, self.straight_through_dispatch_tensor",
-        "groups, False",
+        "through = self.straight_through_dispatch_tensor",
+        "through = False",
         "test_expert_choice.py::test_straight_through_is_off_unless_asked_for",
     ),
     Fault(

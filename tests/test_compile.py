@@ -191,17 +191,17 @@ def assert_compiled_as_eager(compiled, moe, *arguments):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_numbers_that_change_are_compiled_again(make, dynamic):
     moe, x = make(), torch.randn(2, 32, 8, dtype=torch.float64)
-    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend="eager")
+    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     dropped = set()
-    for factor in (1.0, None, 0.3):
+    for factor in (1.0, 1.5, None, 0.3, 1.0):
         moe.gate.capacity_factor_train = factor
         assert_compiled_as_eager(compiled, moe, x)
         dropped.add(int(moe.gate.route(x).kept.sum()))
     assert len(dropped) > 2
-    for coefficient in (0.1, 0.2):
+    for coefficient in (0.1, 0.2, 0.3):
         moe.balance_loss_coef = moe.router_z_loss_coef = coefficient
         assert_compiled_as_eager(compiled, moe, x)
-    for noise_mult in (1.0, 0.9):
+    for noise_mult in (1.0, 0.9, 0.8):
         assert_compiled_as_eager(compiled, moe, x, True, noise_mult)
 
 

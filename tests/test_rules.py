@@ -133,7 +133,7 @@ def test_private_names_of_others_are_in_one_file():
             if (
                 isinstance(node, ast.Attribute)
                 and re.match(r"_[a-z]", node.attr)
-                and node.attr not in ("_replace", "_asdict", "_fields", "_make")
+                and node.attr not in ("_replace", "_asdict", "_fields")
             ):
                 owner = node.value.id if isinstance(node.value, ast.Name) else ""
                 assert owner in ("self", "cls"), f"{path.name}:{node.lineno}: {ast.unparse(node)}"
