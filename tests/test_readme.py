@@ -74,5 +74,5 @@ def test_the_front_door_is_short_and_the_gate_runs_its_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.encode()) <= 9 * 1024
     commands = re.findall(r"```bash\n(.*?)\n```", text)
-    assert "pip install -e '.[test]' && pytest" in commands
-    assert "-e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -e '.[test]' && pytest -n 2" in commands
+    assert "-e '.[test]' && pytest -n 2" in (ROOT / ".ci" / "run").read_text()
