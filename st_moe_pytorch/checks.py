@@ -72,10 +72,8 @@ def check_noise(noise_gates: bool, noise_mult: float = 1.0) -> None:
     """Raise ValueError for a tensor, which is a mask in the wrong place, and for a strength that is no number."""
     check_finite(noise_mult=noise_mult)
     if isinstance(noise_gates, Tensor):
-        shape = tuple(noise_gates.shape)
-        raise ValueError(
-            f"noise_gates must be a bool, got a tensor of shape {shape}: a mask is passed by name, mask=..."
-        )
+        got = f"a tensor of shape {tuple(noise_gates.shape)}"
+        raise ValueError(f"noise_gates must be a bool, got {got}: a mask is passed by name, mask=...")
 
 
 def check_tokens(
@@ -97,9 +95,8 @@ def check_tokens(
         expected = f"a floating-point tensor of x's shape {tuple(x.shape)}"
         raise ValueError(f"route_by must be {expected}, got {route_by.dtype} of shape {tuple(route_by.shape)}")
     if draws is not None and draws.ndim != x.ndim:
-        raise ValueError(
-            f"draws must have x's shape {tuple(x.shape)} but for the last axis, the choices, got {tuple(draws.shape)}"
-        )
+        expected = f"x's shape {tuple(x.shape)} but for the last axis, the choices"
+        raise ValueError(f"draws must have {expected}, got {tuple(draws.shape)}")
     for name, given in (("mask", mask), ("route_by", route_by), ("draws", draws)):
         if given is not None and given.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {given.device}")
@@ -121,10 +118,8 @@ def check_thresholds(thresholds: Tensor, top_n: int, name: str) -> None:
         wanted = f"a number for each of top_n={top_n} choices"
         raise ValueError(f"{name} must hold {wanted}, got shape {tuple(thresholds.shape)}")
     if can_be_looked_at(thresholds) and not all(0 <= t <= 1 for t in thresholds.tolist()):
-        raise ValueError(
-            f"{name} must lie in [0, 1], got {thresholds.tolist()}; where a loader left it without values, "
-            "reset_parameters() sets those that the gate was built with"
-        )
+        advice = "where a loader left it without values, reset_parameters() sets those that the gate was built with"
+        raise ValueError(f"{name} must lie in [0, 1], got {thresholds.tolist()}; {advice}")
 
 
 def refuse_old_pickle(module: nn.Module, state: dict[str, Any], needed: str) -> None:

@@ -15,11 +15,6 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import _StopRecomputationError
 
 
-def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def is_transformed() -> bool:
     """Whether a function of torch.func runs, under which tensors stand for many."""
     return torch._C._are_functorch_transforms_active()

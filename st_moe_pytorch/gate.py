@@ -119,9 +119,8 @@ class Gate(Routed[DenseRouting]):
         choices: what to choose, with weights by these logits. A gate that does not take this argument cannot be
             replayed.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define decide(logits, *, mask=None, draws=None, noised=None) -> Routing"
-        )
+        wanted = "decide(logits, *, mask=None, draws=None, noised=None) -> Routing"
+        raise NotImplementedError(f"{type(self).__name__} must define {wanted}")
 
     def route(
         self,
@@ -146,9 +145,8 @@ class Gate(Routed[DenseRouting]):
         check_noise(noise_gates, noise_mult)
         check_tokens(x, self.dim, mask, route_by)
         if x.ndim != 3:
-            raise ValueError(
-                f"x must have shape (batch, tokens, {self.dim}) here, got {tuple(x.shape)}: add or flatten axes"
-            )
+            wanted = f"shape (batch, tokens, {self.dim}) here"
+            raise ValueError(f"x must have {wanted}, got {tuple(x.shape)}: add or flatten axes")
         choices = replayed(self, x, mask) if choices is None else choices
         given: dict[str, Any] = {} if choices is None else {"choices": choices}
         features = x if route_by is None else route_by

@@ -226,10 +226,8 @@ class TopNGating(Gate):
         if self.bias is not None and self.differentiable_topk:
             raise ValueError("differentiable_topk must be False with balance_bias: coordinate descent knows none")
         if self.top_n > self.num_gates:
-            raise ValueError(
-                f"top_n must be at most the number of experts: a token cannot choose {self.top_n} of {self.num_gates}; "
-                "in MoE it is called gating_top_n"
-            )
+            chosen = f"{self.top_n} of {self.num_gates}; in MoE it is called gating_top_n"
+            raise ValueError(f"top_n must be at most the number of experts: a token cannot choose {chosen}")
         if self.second_place_loss and self.top_n < 2:
             raise ValueError(f"second_place_loss needs a second choice: set top_n to at least 2, got {self.top_n}")
 
@@ -249,9 +247,8 @@ class TopNGating(Gate):
         except TypeError:  # 0-d tensors and arrays have an __iter__ too
             later = [float(given)] * (self.top_n - 1)
         if len(later) != self.top_n - 1:
-            raise ValueError(
-                f"{name} must be a number or {self.top_n - 1} numbers, one per choice after the first, got {given}"
-            )
+            wanted = f"a number or {self.top_n - 1} numbers, one per choice after the first"
+            raise ValueError(f"{name} must be {wanted}, got {given}")
         if not all(0 <= t <= 1 for t in later):
             raise ValueError(f"{name} must lie in [0, 1], got {given}")
         return [float(self.eps), *later]

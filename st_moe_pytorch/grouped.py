@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from st_moe_pytorch.aligned import empty_rows
 from st_moe_pytorch.compat import copy_each, fused
+from st_moe_pytorch.cpu_linear import empty_rows
 from st_moe_pytorch.side_by_side import ALIGNMENT, side_by_side
 
 Tensors = Sequence[Tensor]

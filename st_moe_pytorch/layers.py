@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.aligned import aligned_linear, may_align
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, is_lifted, may_be_derived, with_known_signature
+from st_moe_pytorch.cpu_linear import cpu_linear, is_worthwhile
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
@@ -124,11 +124,11 @@ class Expert(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_align(x) or type(self.net) is not nn.Sequential or not are_plain([self.net]):
+        if not is_worthwhile(x) or type(self.net) is not nn.Sequential or not are_plain([self.net]):
             return self.net(x)
         last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
         for layer in self.net:
-            x = aligned_linear(x, layer, layer not in last) if isinstance(layer, nn.Linear) else layer(x)
+            x = cpu_linear(x, layer, layer not in last) if isinstance(layer, nn.Linear) else layer(x)
         return x
 
 
@@ -217,15 +217,9 @@ def dense_copies(ffn: nn.Module, num_experts: int, noise: float = 0.0) -> list[n
     if not noise >= 0:
         raise ValueError(f"noise must be 0 or more, got {noise}")
     # a function goes on calling what it was written for, where methods and partials are copied with their module
-    if assigned := [
-        name or "itself"
-        for name, module in ffn.named_modules()
-        if isinstance(vars(module).get("forward"), FunctionType)
-    ]:
-        raise ValueError(
-            "ffn must not have an assigned forward, which its copies "
-            f"would share with it, got one on {', '.join(assigned)}"
-        )
+    forwards = {name or "itself": vars(module).get("forward") for name, module in ffn.named_modules()}
+    if assigned := ", ".join(name for name, forward in forwards.items() if isinstance(forward, FunctionType)):
+        raise ValueError(f"ffn must not have an assigned forward, which its copies would share, got one on {assigned}")
     copies = [deepcopy(ffn) for _ in range(num_experts)]
     if noise:
         with torch.no_grad():

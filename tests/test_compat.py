@@ -23,7 +23,7 @@ def test_recomputation_is_told_from_a_forward(use_reentrant):
     seen = []
 
     def forward(x):
-        seen.append(compat.is_recomputing())
+        seen.append(tools.compat.is_recomputing())
         return x.sin()
 
     checkpoint(forward, torch.ones(1, requires_grad=True), use_reentrant=use_reentrant).sum().backward()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import st_moe_pytorch.grouped as grouped
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
-from st_moe_pytorch.aligned import CACHE_LINE
+from st_moe_pytorch.cpu_linear import CACHE_LINE
 from st_moe_pytorch.experts import are_alike, run_shared
 from st_moe_pytorch.grouped import grouped_linear, grouped_linear_backward
 from st_moe_pytorch.side_by_side import STACKS, put_side_by_side, side_by_side, together

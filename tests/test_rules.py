@@ -36,7 +36,7 @@ TESTS = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.
 # imports only point up this list
 ORDER = [
     *("compat", "checks", "topk", "losses", "layouts", "routing"),
-    *("gate", "gating", "expert_choice", "aligned", "side_by_side", "grouped", "layers"),
+    *("gate", "gating", "expert_choice", "cpu_linear", "side_by_side", "grouped", "layers"),
     *(
         "distributed.compat",
         "distributed.placement",

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import check_one_of, check_positive, typechecked
-from st_moe_pytorch.compat import is_recomputing
 from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.gate import LISTENERS
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.routing import Routing
+from st_moe_pytorch.tools.compat import is_recomputing
 
 RATES = {"quantile": 0.5, "sign": 1e-3}  # half the way averages over steps, whose tokens differ
 SWEEPS = 100  # at most; 10 to 60 balance hundreds of tokens per expert, and where scores tie none do

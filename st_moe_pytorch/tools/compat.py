@@ -1,10 +1,16 @@
-"""Names of other libraries that are not public, each in one function. A test of each fails when it changes."""
+"""Names of torch and others that are not public, each in one function. A test of each fails when it changes."""
 
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import can_be_looked_at
-from st_moe_pytorch.compat import is_recomputing
 from st_moe_pytorch.gate import LISTENERS, REPLAYS, Gate, is_dense
 from st_moe_pytorch.routing import Choices, Routing
+from st_moe_pytorch.tools.compat import is_recomputing
 from st_moe_pytorch.tools.watch import gates_of
 
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import check_counts
-from st_moe_pytorch.compat import is_recomputing
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import RouterLinear
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
-from st_moe_pytorch.tools.compat import initialize_with
+from st_moe_pytorch.tools.compat import initialize_with, is_recomputing
 from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest, refuse_misfit
 
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from st_moe_pytorch.compat import is_recomputing
 from st_moe_pytorch.distributed.compat import ProcessGroup
 from st_moe_pytorch.gate import LISTENERS, Gate, is_dense
 from st_moe_pytorch.moe import MoE
 from st_moe_pytorch.routing import Routing
+from st_moe_pytorch.tools.compat import is_recomputing
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Linear layers with hidden units in aligned rows, against the same layers called as modules."""
+"""Linear layers as they are fastest on CPU, against the same layers called as modules."""
 
 from functools import partial
 
@@ -11,25 +11,41 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from st_moe_pytorch import Expert, MoE, layers
-from st_moe_pytorch.aligned import CACHE_LINE, WORTH_ALIGNING, aligned_linear, may_align
+from st_moe_pytorch.cpu_linear import CACHE_LINE, FEW, FEWEST, MANY, WIDE, WIDE_TO_TRAIN, cpu_linear, is_worthwhile
 
 DIM = 96
-ROWS = WORTH_ALIGNING // DIM + 1
+ROWS = MANY // DIM + 1
 
 
-def expert_and_rows(requires_grad=True, **settings):
+@pytest.fixture(autouse=True)
+def _threads():
+    """Products of few rows have a part for each of two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def expert_and_rows(requires_grad=True, shape=(3, ROWS // 3 + 1, DIM), **settings):
     torch.manual_seed(0)
-    expert = Expert(DIM, **settings).double()
+    expert = Expert(shape[-1], **settings).double()
     for parameter in expert.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return expert, torch.randn(3, ROWS // 3 + 1, DIM, dtype=torch.float64, requires_grad=requires_grad)
+    return expert, torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad)
+
+
+SHAPES = [
+    (3, ROWS // 3 + 1, DIM),
+    *((1, rows, WIDE_TO_TRAIN) for rows in (1, FEWEST, FEWEST + 1)),
+    (4, 16, WIDE_TO_TRAIN),
+]
 
 
 @pytest.fixture
-def is_aligned(monkeypatch):
-    """Whether an expert computes its linear layers of x by `aligned_linear`."""
+def is_computed(monkeypatch):
+    """Whether an expert computes its linear layers of x by `cpu_linear`."""
     calls = []
-    monkeypatch.setattr(layers, "aligned_linear", lambda *inputs: calls.append(inputs) or aligned_linear(*inputs))
+    monkeypatch.setattr(layers, "cpu_linear", lambda *inputs: calls.append(inputs) or cpu_linear(*inputs))
 
     def asked(expert, x):
         calls.clear()
@@ -45,10 +61,11 @@ def line_of(t):
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"prenorm": True, "mult_bias": False}], ids=str)
 @pytest.mark.parametrize("frozen", [None, "0", "2"])
-def test_results_and_gradients_are_those_of_the_called_modules(settings, frozen, is_aligned):
-    expert, x = expert_and_rows(hidden_mult=1.1, **settings)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_are_those_of_the_called_modules(settings, frozen, shape, is_computed):
+    expert, x = expert_and_rows(shape=shape, hidden_mult=1.1, **settings)
     assert 2 * expert.net[-1].in_features % 8 != 0
-    assert is_aligned(expert, x)
+    assert is_computed(expert, x)
     if frozen is not None and hasattr(expert.net, frozen):
         expert.net.get_submodule(frozen).requires_grad_(False)
     cotangent, wanted = torch.randn_like(x), [x, *(p for p in expert.parameters() if p.requires_grad)]
@@ -63,8 +80,9 @@ def test_results_and_gradients_are_those_of_the_called_modules(settings, frozen,
         assert_close(expert(x), expected)
 
 
-def test_second_derivatives_are_those_of_the_called_modules():
-    expert, x = expert_and_rows(hidden_mult=1.1)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str)
+def test_second_derivatives_are_those_of_the_called_modules(shape):
+    expert, x = expert_and_rows(shape=shape, hidden_mult=1.1)
     *wanted, last_bias = x, *expert.parameters()
     cotangent = torch.randn_like(x)
 
@@ -87,14 +105,55 @@ def test_hidden_units_and_their_gradients_begin_on_cache_lines():
     expert, x = expert_and_rows(hidden_mult=1.1)
     up, _, down = expert.net
     assert line_of(up(x)) != 0
-    z = aligned_linear(x, up, to_hidden=True)
+    z = cpu_linear(x, up, to_hidden=True)
     assert line_of(z) == 0
 
     hidden = torch.randn(*x.shape[:-1], down.in_features, dtype=torch.float64, requires_grad=True)
     strides = []
     hidden.register_hook(lambda grad: strides.append(line_of(grad)))
-    aligned_linear(hidden, down, to_hidden=False).sum().backward()
+    cpu_linear(hidden, down, to_hidden=False).sum().backward()
     assert strides == [0]
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Of each product since the last question that was computed in parts, how many, and which way round."""
+    calls, usual = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: calls.append((a.shape, b.shape)) or usual(a, b))
+
+    def asked(run):
+        calls.clear()
+        run()
+        return [tuple(map(tuple, shapes)) for shapes in calls]
+
+    return asked
+
+
+def test_products_of_few_rows_are_computed_in_parts(parts, monkeypatch):
+    up, down = nn.Linear(WIDE, 302), nn.Linear(302, 101)
+    with torch.no_grad():
+        for layer, rows, expected in [
+            (up, FEWEST, [((2, 151, WIDE), (2, WIDE, FEWEST))]),
+            (up, FEWEST + 1, [((2, FEWEST + 1, WIDE), (2, WIDE, 151))]),
+            (up, FEW, [((2, FEW, WIDE), (2, WIDE, 151))]),
+            (up, FEW + 1, []),
+            (up, 0, []),
+            (down, 5, []),  # an odd number of columns
+        ]:
+            x = torch.randn(rows, layer.in_features)
+            assert parts(lambda x=x, layer=layer: cpu_linear(x, layer, True)) == expected
+        torch.set_num_threads(1)
+        assert parts(lambda: cpu_linear(torch.randn(5, WIDE), up, True)) == []
+        assert len(parts(lambda: cpu_linear(torch.randn(FEWEST, WIDE), up, True))) == 1
+        torch.set_num_threads(2)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        assert parts(lambda: cpu_linear(torch.randn(5, WIDE), up, True)) == []
+
+
+def test_gradients_of_few_inputs_are_computed_in_parts(parts):
+    layer, x = nn.Linear(WIDE, 302), torch.randn(2, WIDE, requires_grad=True)
+    y = cpu_linear(x, layer, True).sum()
+    assert parts(y.backward) == [((2, 2, 302), (2, 302, WIDE // 2))]
 
 
 class LikeLinear(nn.Linear):
@@ -119,32 +178,39 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_layers_that_are_more_than_linear_are_called(change, is_aligned):
+def test_layers_that_are_more_than_linear_are_called(change, is_computed):
     expert, x = expert_and_rows(requires_grad=False)
-    assert is_aligned(expert, x)
+    assert is_computed(expert, x)
     CHANGES[change](expert)
-    assert not is_aligned(expert, x)
+    assert not is_computed(expert, x)
 
 
 def test_inputs_that_are_not_plain_are_given_to_modules():
     _, x = expert_and_rows(requires_grad=False)
-    assert may_align(x)
-    assert not may_align(x[:, :2])
-    assert not may_align(x.to("meta"))
-    assert not may_align(x.bfloat16())
+    assert is_worthwhile(x)
+    assert not is_worthwhile(x[:, :2])  # narrow, since few rows are worthwhile where they are wide
+    assert not is_worthwhile(x.new_zeros(1, 3, WIDE_TO_TRAIN - 1))
+    assert is_worthwhile(x.new_zeros(1, FEW, WIDE_TO_TRAIN))
+    assert not is_worthwhile(x.new_zeros(1, FEW + 1, WIDE_TO_TRAIN))
+    assert not is_worthwhile(x.new_zeros(1, 0, WIDE_TO_TRAIN))
+    with torch.no_grad():
+        assert is_worthwhile(x.new_zeros(1, 3, WIDE))
+        assert not is_worthwhile(x.new_zeros(1, 3, WIDE - 1))
+    assert not is_worthwhile(x.to("meta"))
+    assert not is_worthwhile(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not may_align(x)
+        assert not is_worthwhile(x)
     with torch.autograd.forward_ad.dual_level():
-        assert not may_align(x)
+        assert not is_worthwhile(x)
     seen = []
-    torch.func.vmap(lambda each: seen.append(may_align(x)) or each)(x)
+    torch.func.vmap(lambda each: seen.append(is_worthwhile(x)) or each)(x)
     assert seen == [False]
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert not may_align(x)
+        assert not is_worthwhile(x)
     finally:
         handle.remove()
-    assert may_align(x)
+    assert is_worthwhile(x)
 
 
 def test_other_tensors_may_stand_in_for_parameters():
@@ -170,13 +236,15 @@ def test_a_layer_of_many_tokens_equals_its_compiled_form():
     torch.manual_seed(0)
     moe = MoE(DIM, num_experts=2, capacity_factor_train=None).double()
     x = torch.randn(1, 3 * ROWS, DIM, dtype=torch.float64)
-    assert may_align(x)
+    assert is_worthwhile(x)
     draws = torch.rand(1, 3 * ROWS, 2)
     assert_close(moe(x, draws=draws).outputs, torch.compile(moe, backend="eager")(x, draws=draws).outputs)
 
 
-def test_results_may_be_changed_in_place():
-    expert, x = expert_and_rows(hidden_mult=1.1)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_may_be_changed_in_place(shape, bias):
+    expert, x = expert_and_rows(shape=shape, hidden_mult=1.1, bias=bias)
     y = expert(x)
     y += x
     got = torch.autograd.grad(y.sum(), x)[0]

@@ -1,7 +1,10 @@
-"""Linear layers whose hidden units stand in rows of aligned length on CPU.
+"""Linear layers in the forms that take least time on CPU.
 
-A matrix product takes up to a third longer where the rows of its result do not begin on cache lines, as those of
-`Expert` do not unless its number of hidden units happens to be a multiple of 16.
+Of many rows, a matrix product takes up to a third longer where the rows of its result do not begin on cache lines, as
+those of `Expert` do not unless its number of hidden units happens to be a multiple of 16: they are aligned.
+
+Of few rows, as in decoding, MKL leaves threads idle: the product is that of a batch, a part of the matrix's columns for
+each thread. Of the fewest, it is that of the matrix and columns instead of rows and the matrix.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -17,18 +20,22 @@ from st_moe_pytorch.checks import can_be_looked_at
 from st_moe_pytorch.compat import is_watched, may_be_derived, with_known_signature
 
 CACHE_LINE = 64  # bytes
-WORTH_ALIGNING = 2**17  # numbers of the input; of fewer, products take as long either way
+MANY = 2**17  # numbers of the input; of fewer, products take as long aligned or not
+FEW, FEWEST = 64, 3  # rows
+WIDE, WIDE_TO_TRAIN = 128, 512  # of smaller matrices, what parts cost in calls is more than they save
 
 
-def may_align(x: Tensor) -> bool:
-    """Whether plain linear layers of x (..., i) may be computed by `aligned_linear` instead of called, and gain."""
+def is_worthwhile(x: Tensor) -> bool:
+    """Whether plain linear layers of x (..., i) may be computed by `cpu_linear` instead of called, and gain."""
     # first of all, since compilers would guard on the number of tokens
     if not can_be_looked_at(x) or torch.is_autocast_enabled("cpu") or is_watched():
         return False
-    return x.dtype in (torch.float32, torch.float64) and x.layout == torch.strided and x.numel() >= WORTH_ALIGNING
+    is_plain = x.dtype in (torch.float32, torch.float64) and x.layout == torch.strided
+    is_wide = x.shape[-1] >= (WIDE_TO_TRAIN if torch.is_grad_enabled() else WIDE)
+    return is_plain and (x.numel() >= MANY or (is_wide and 0 < x.numel() <= FEW * x.shape[-1]))
 
 
-def aligned_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
+def cpu_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
     """``linear(x)`` of x (..., i). Aligned are the results (..., o) if ``to_hidden``, or else the gradients of x."""
     inputs = x, linear.weight, linear.bias
     return (_Linear.apply if may_be_derived(*inputs) else _Linear.forward)(*inputs, to_hidden)
@@ -65,8 +72,25 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, is_aligned: bool) -> Ten
     """``a @ b + bias`` of a (..., i) and b (i o)."""
     if may_be_derived(a, b, bias):
         return F.linear(a, b.t(), bias)
-    shape = *a.shape[:-1], b.shape[1]
-    y = empty_rows(a, *shape) if is_aligned else a.new_empty(shape)
-    rows, out = a.reshape(-1, a.shape[-1]), y.view(-1, shape[-1])
-    _ = torch.mm(rows, b, out=out) if bias is None else torch.addmm(bias, rows, b, out=out)
+    rows, shape = a.reshape(-1, a.shape[-1]), (*a.shape[:-1], b.shape[1])
+    parts = _num_parts(len(rows), shape[-1])
+    y = empty_rows(a, *shape) if is_aligned and parts == 1 else a.new_empty(shape)
+    out = y.view(-1, shape[-1])
+    if parts == 1:
+        _ = torch.mm(rows, b, out=out) if bias is None else torch.addmm(bias, rows, b, out=out)
+        return y
+    blocks, out = (t.unflatten(1, (parts, -1)).transpose(0, 1) for t in (b, out))
+    if len(rows) <= FEWEST and b.stride(0) == 1:
+        of_parts = torch.bmm(blocks.mT, rows.t().expand(parts, -1, -1)).mT
+    else:
+        of_parts = torch.bmm(rows.expand(parts, -1, -1), blocks)
+    _ = out.copy_(of_parts) if bias is None else torch.add(of_parts, bias.view(parts, 1, -1), out=out)
     return y
+
+
+def _num_parts(rows: int, columns: int) -> int:
+    """In how many parts of equal size the columns of a product are computed."""
+    if not 0 < rows <= FEW or not torch.backends.mkl.is_available():
+        return 1
+    most = max(torch.get_num_threads(), 2 if rows <= FEWEST else 1)
+    return next((parts for parts in range(most, 1, -1) if columns % parts == 0), 1)
