@@ -22,7 +22,9 @@ from st_moe_pytorch.compat import is_watched, may_be_derived, with_known_signatu
 CACHE_LINE = 64  # bytes
 MANY = 2**17  # numbers of the input; of fewer, products take as long aligned or not
 FEW, FEWEST = 64, 3  # rows
-WIDE, WIDE_TO_TRAIN = 128, 512  # of smaller matrices, what parts cost in calls is more than they save
+WORTH_PARTS = 2**15  # numbers of a matrix; of fewer, what parts cost in calls is more than they save
+WIDE, WIDE_TO_TRAIN = 128, 512  # layers whose matrices are likely as large; in training, gradients cost calls too
+DTYPES = torch.float32, torch.float64
 
 
 def is_worthwhile(x: Tensor) -> bool:
@@ -30,7 +32,7 @@ def is_worthwhile(x: Tensor) -> bool:
     # first of all, since compilers would guard on the number of tokens
     if not can_be_looked_at(x) or torch.is_autocast_enabled("cpu") or is_watched():
         return False
-    is_plain = x.dtype in (torch.float32, torch.float64) and x.layout == torch.strided
+    is_plain = x.dtype in DTYPES and x.layout == torch.strided
     is_wide = x.shape[-1] >= (WIDE_TO_TRAIN if torch.is_grad_enabled() else WIDE)
     return is_plain and (x.numel() >= MANY or (is_wide and 0 < x.numel() <= FEW * x.shape[-1]))
 
@@ -72,25 +74,29 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, is_aligned: bool) -> Ten
     """``a @ b + bias`` of a (..., i) and b (i o)."""
     if may_be_derived(a, b, bias):
         return F.linear(a, b.t(), bias)
-    rows, shape = a.reshape(-1, a.shape[-1]), (*a.shape[:-1], b.shape[1])
-    parts = _num_parts(len(rows), shape[-1])
-    y = empty_rows(a, *shape) if is_aligned and parts == 1 else a.new_empty(shape)
-    out = y.view(-1, shape[-1])
-    if parts == 1:
-        _ = torch.mm(rows, b, out=out) if bias is None else torch.addmm(bias, rows, b, out=out)
-        return y
-    blocks, out = (t.unflatten(1, (parts, -1)).transpose(0, 1) for t in (b, out))
-    if len(rows) <= FEWEST and b.stride(0) == 1:
+    shape = *a.shape[:-1], b.shape[1]
+    y = empty_rows(a, *shape) if is_aligned and a.numel() >= MANY else a.new_empty(shape)
+    write_product(y.view(-1, shape[-1]), a.reshape(-1, a.shape[-1]), b, bias)
+    return y
+
+
+def write_product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
+    """Write ``rows @ matrix + bias`` of rows (t i), matrix (i o) and bias (o) into out (t o)."""
+    if (parts := _num_parts(rows, matrix)) == 1:
+        _ = torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
+        return
+    blocks, out = (t.unflatten(1, (parts, -1)).transpose(0, 1) for t in (matrix, out))
+    if len(rows) <= FEWEST and matrix.stride(0) == 1:
         of_parts = torch.bmm(blocks.mT, rows.t().expand(parts, -1, -1)).mT
     else:
         of_parts = torch.bmm(rows.expand(parts, -1, -1), blocks)
     _ = out.copy_(of_parts) if bias is None else torch.add(of_parts, bias.view(parts, 1, -1), out=out)
-    return y
 
 
-def _num_parts(rows: int, columns: int) -> int:
-    """In how many parts of equal size the columns of a product are computed."""
-    if not 0 < rows <= FEW or not torch.backends.mkl.is_available():
+def _num_parts(rows: Tensor, matrix: Tensor) -> int:
+    """In how many parts of equal size the columns of a matrix are multiplied."""
+    is_slow = rows.device.type == "cpu" and rows.dtype in DTYPES and torch.backends.mkl.is_available()
+    if not is_slow or not 0 < len(rows) <= FEW or matrix.numel() < WORTH_PARTS:
         return 1
-    most = max(torch.get_num_threads(), 2 if rows <= FEWEST else 1)
-    return next((parts for parts in range(most, 1, -1) if columns % parts == 0), 1)
+    most = max(torch.get_num_threads(), 2 if len(rows) <= FEWEST else 1)
+    return next((parts for parts in range(most, 1, -1) if matrix.shape[1] % parts == 0), 1)

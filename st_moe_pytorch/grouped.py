@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.compat import copy_each, fused
-from st_moe_pytorch.cpu_linear import empty_rows
+from st_moe_pytorch.cpu_linear import empty_rows, write_product
 from st_moe_pytorch.side_by_side import ALIGNMENT, side_by_side
 
 Tensors = Sequence[Tensor]
@@ -53,11 +53,8 @@ def grouped_linear(rows: Tensor, weights: Tensors, biases: Tensors, scales: Tens
     weights, biases, scales = (_each(tensors, len(offsets)) for tensors in (weights, biases, scales))
     y, blocks = _empty_result(rows, weights, biases, scales, offsets), _blocks(offsets)
     for j, block in enumerate(blocks):
-        matrix, inputs = weights[j].to(y.dtype).t(), _scaled(rows[block], scales, j)
-        if biases:
-            torch.addmm(biases[j].to(y.dtype), inputs, matrix, out=y[block])
-        else:
-            torch.mm(inputs, matrix, out=y[block])
+        matrix, bias = weights[j].to(y.dtype).t(), biases[j].to(y.dtype) if biases else None
+        write_product(y[block], _scaled(rows[block], scales, j), matrix, bias)
     y[blocks[-1].stop :] = 0
     return y
 
@@ -88,7 +85,7 @@ def grouped_linear_backward(
     found = _empty_gradients(grad, rows, weights, scales, offsets, asked)
     (drows, dweights, dbiases, dscales), blocks = found, _blocks(offsets)
     for j, block in enumerate(blocks):
-        torch.mm(grad[block], weights[j].to(rows.dtype), out=drows[block])
+        write_product(drows[block], grad[block], weights[j].to(rows.dtype))
         if of_parameters:
             torch.mm(grad[block].t(), _scaled(rows[block], scales, j), out=dweights[j])
         if of_biases:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from st_moe_pytorch import Expert, MoE, layers
 from st_moe_pytorch.cpu_linear import CACHE_LINE, FEW, FEWEST, MANY, WIDE, WIDE_TO_TRAIN, cpu_linear, is_worthwhile
+from st_moe_pytorch.grouped import grouped_linear
 
 DIM = 96
 ROWS = MANY // DIM + 1
@@ -154,6 +155,26 @@ def test_gradients_of_few_inputs_are_computed_in_parts(parts):
     layer, x = nn.Linear(WIDE, 302), torch.randn(2, WIDE, requires_grad=True)
     y = cpu_linear(x, layer, True).sum()
     assert parts(y.backward) == [((2, 2, 302), (2, 302, WIDE // 2))]
+
+
+def test_shared_products_of_few_rows_are_computed_in_parts(parts):
+    counts, ends = [0, FEWEST, 5], [0, FEWEST, FEWEST + 5]
+    rows = torch.randn(ends[-1] + 1, WIDE, dtype=torch.float64, requires_grad=True)
+    weights, biases = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((302, WIDE), (302,)))
+    scales, cotangent = torch.randn(3, WIDE, dtype=torch.float64), torch.randn(len(rows), 302, dtype=torch.float64)
+    inputs = [t.requires_grad_() for each in (weights, biases, scales) for t in each.detach().unbind()]
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    outputs = []
+    shapes = parts(lambda: outputs.append(grouped_linear(rows, inputs[:3], inputs[3:6], inputs[6:], offsets)))
+    assert shapes == [((2, 151, WIDE), (2, WIDE, FEWEST)), ((2, 5, WIDE), (2, WIDE, 151))]
+    blocks = [(part * inputs[6 + j]) @ inputs[j].t() + inputs[3 + j] for j, part in enumerate(rows[:-1].split(counts))]
+    expected = torch.cat([*blocks, rows.new_zeros(1, 302)])
+    assert_close(outputs[0], expected)
+    found = []
+    shapes = parts(lambda: found.extend(torch.autograd.grad(outputs[0], [rows, *inputs], cotangent)))
+    assert shapes == [((2, FEWEST, 302), (2, 302, WIDE // 2)), ((2, 5, 302), (2, 302, WIDE // 2))]
+    for mine, theirs in zip(found, torch.autograd.grad(expected, [rows, *inputs], cotangent), strict=True):
+        assert_close(mine, theirs, may_vanish=True)
 
 
 class LikeLinear(nn.Linear):
