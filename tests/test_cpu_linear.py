@@ -11,7 +11,17 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from st_moe_pytorch import Expert, MoE, layers
-from st_moe_pytorch.cpu_linear import CACHE_LINE, FEW, FEWEST, MANY, WIDE, WIDE_TO_TRAIN, cpu_linear, is_worthwhile
+from st_moe_pytorch.cpu_linear import (
+    CACHE_LINE,
+    FEW,
+    FEWEST,
+    MANY,
+    WIDE,
+    WIDE_TO_TRAIN,
+    WORTH_PARTS,
+    cpu_linear,
+    is_worthwhile,
+)
 from st_moe_pytorch.grouped import grouped_linear
 
 DIM = 96
@@ -131,7 +141,8 @@ def parts(monkeypatch):
 
 
 def test_products_of_few_rows_are_computed_in_parts(parts, monkeypatch):
-    up, down = nn.Linear(WIDE, 302), nn.Linear(302, 101)
+    up, odd, small = nn.Linear(WIDE, 302), nn.Linear(302, 111), nn.Linear(WIDE, 200)
+    assert small.weight.numel() < WORTH_PARTS < odd.weight.numel()
     with torch.no_grad():
         for layer, rows, expected in [
             (up, FEWEST, [((2, 151, WIDE), (2, WIDE, FEWEST))]),
@@ -139,10 +150,15 @@ def test_products_of_few_rows_are_computed_in_parts(parts, monkeypatch):
             (up, FEW, [((2, FEW, WIDE), (2, WIDE, 151))]),
             (up, FEW + 1, []),
             (up, 0, []),
-            (down, 5, []),  # an odd number of columns
+            (odd, 5, []),
+            (small, 5, []),
         ]:
             x = torch.randn(rows, layer.in_features)
             assert parts(lambda x=x, layer=layer: cpu_linear(x, layer, True)) == expected
+        shared = partial(grouped_linear, biases=[], scales=[], offsets=torch.tensor([5], dtype=torch.int32))
+        for dtype, number in ((torch.float32, 1), (torch.bfloat16, 0)):
+            rows, matrix = torch.randn(5, WIDE, dtype=dtype), up.weight.to(dtype)
+            assert len(parts(lambda rows=rows, matrix=matrix: shared(rows, [matrix]))) == number
         torch.set_num_threads(1)
         assert parts(lambda: cpu_linear(torch.randn(5, WIDE), up, True)) == []
         assert len(parts(lambda: cpu_linear(torch.randn(FEWEST, WIDE), up, True))) == 1
