@@ -19,10 +19,10 @@ from st_moe_pytorch.distributed.exchange import ExpertParallel, check_sizes, run
 from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import StrategyOrName
 from st_moe_pytorch.grouped import grouped_linear, has_kernel
+from st_moe_pytorch.grouped.side_by_side import put_side_by_side, together
 from st_moe_pytorch.layers import Expert, RMSNorm, are_plain, gated_gelu
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
-from st_moe_pytorch.side_by_side import put_side_by_side, together
 
 
 class Experts(Shardable):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, is_lifted, may_be_derived, with_known_signature
-from st_moe_pytorch.cpu_linear import cpu_linear, is_worthwhile
+from st_moe_pytorch.grouped.cpu import cpu_linear, is_worthwhile
 
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 

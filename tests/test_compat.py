@@ -15,7 +15,8 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 import st_moe_pytorch.tools.compat  # noqa: F401 - reached as tools.compat
-from st_moe_pytorch import RMSNorm, compat, distributed, grouped, layers, layouts, tools
+from st_moe_pytorch import RMSNorm, compat, distributed, layers, layouts, tools
+from st_moe_pytorch.grouped import linear
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -259,7 +260,7 @@ def test_fused_functions_give_their_numbers_compiled_too():
         (layouts._gradients_of_sum, torch.randn(tokens, d), y, torch.rand(rows + 1, 1), of_tokens),
         (layouts._gradients_of_gather, y, torch.randn(rows + 1, d), (torch.rand(tokens, k) < 0.8).float(), places),
         (layers._gated_gelu, z, torch.rand(d)),
-        (grouped._add_bias, z, torch.randn(3, 2 * d), offsets),
+        (linear._add_bias, z, torch.randn(3, 2 * d), offsets),
     ):
         with torch.no_grad():
             copies = [[t.clone() if isinstance(t, torch.Tensor) else t for t in inputs] for _ in range(2)]

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from st_moe_pytorch import Expert, MoE, layers
-from st_moe_pytorch.cpu_linear import (
+from st_moe_pytorch.grouped import grouped_linear
+from st_moe_pytorch.grouped.cpu import (
     CACHE_LINE,
     FEW,
     FEWEST,
@@ -22,7 +23,6 @@ from st_moe_pytorch.cpu_linear import (
     cpu_linear,
     is_worthwhile,
 )
-from st_moe_pytorch.grouped import grouped_linear
 
 DIM = 96
 ROWS = MANY // DIM + 1

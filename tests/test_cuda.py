@@ -12,9 +12,10 @@ from test_golden import golden as golden_case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating, grouped
+from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
 from st_moe_pytorch.distributed import shard_experts
-from st_moe_pytorch.side_by_side import side_by_side
+from st_moe_pytorch.grouped import linear as grouped
+from st_moe_pytorch.grouped.side_by_side import side_by_side
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),

@@ -15,12 +15,12 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import st_moe_pytorch.grouped as grouped
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
-from st_moe_pytorch.cpu_linear import CACHE_LINE
 from st_moe_pytorch.experts import are_alike, run_shared
-from st_moe_pytorch.grouped import grouped_linear, grouped_linear_backward
-from st_moe_pytorch.side_by_side import STACKS, put_side_by_side, side_by_side, together
+from st_moe_pytorch.grouped import linear as grouped
+from st_moe_pytorch.grouped.cpu import CACHE_LINE
+from st_moe_pytorch.grouped.linear import grouped_linear, grouped_linear_backward
+from st_moe_pytorch.grouped.side_by_side import STACKS, put_side_by_side, side_by_side, together
 
 INTO, OUT = 5, 3
 

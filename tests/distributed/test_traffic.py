@@ -10,9 +10,10 @@ import torch.distributed as dist
 from oracles import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from st_moe_pytorch import MoE, grouped
+from st_moe_pytorch import MoE
 from st_moe_pytorch.distributed import shard_experts
 from st_moe_pytorch.distributed.agreement import MESSAGE
+from st_moe_pytorch.grouped import linear as grouped
 
 DIM, TOKENS = 6, 24
 

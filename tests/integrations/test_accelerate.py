@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.side_by_side import side_by_side
+from st_moe_pytorch.grouped.side_by_side import side_by_side
 from st_moe_pytorch.tools.swap import collect_aux_losses, sparsify
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

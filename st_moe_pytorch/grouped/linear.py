@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.compat import copy_each, fused
-from st_moe_pytorch.cpu_linear import empty_rows, write_product
-from st_moe_pytorch.side_by_side import ALIGNMENT, side_by_side
+from st_moe_pytorch.grouped.cpu import empty_rows, write_product
+from st_moe_pytorch.grouped.side_by_side import ALIGNMENT, side_by_side
 
 Tensors = Sequence[Tensor]
 MOST_GROUPS = 1023  # of CUDA's kernel
