@@ -2642,6 +2642,55 @@ FAULTS = [
         "1",
         "test_grouped.py::test_flops_of_the_layer_are_counted",
     ),
+    Fault(
+        "swapped layers forget their block's mask",
+        "tools/swap.py",
+        "mask = self.mask if mask is None else mask",
+        "mask = mask",
+        "test_swap.py::test_layers_are_told_of_padding_in_a_block",
+    ),
+    Fault(
+        "a block's mask comes before the one that a model passes",
+        "tools/swap.py",
+        "mask = self.mask if mask is None else mask",
+        "mask = mask if self.mask is None else self.mask",
+        "test_swap.py::test_a_mask_that_a_model_passes_itself_is_taken",
+    ),
+    Fault(
+        "a mask of whole numbers stays one",
+        "tools/swap.py",
+        "device, torch.bool)",
+        "device)",
+        "test_swap.py::test_layers_are_told_of_padding_in_a_block",
+    ),
+    Fault(
+        "a mask stays where batches are made",
+        "tools/swap.py",
+        "mask.to(next(layer.parameters()).device, torch.bool)",
+        "mask.bool()",
+        "test_swap.py::test_a_mask_goes_where_the_layers_are",
+    ),
+    Fault(
+        "an inner block leaves no mask behind for the rest of the outer one",
+        "tools/swap.py",
+        "            layer.mask = own\n",
+        "            layer.mask = None\n",
+        "test_swap.py::test_blocks_of_padding_are_for_parts_of_a_model_and_end_with_errors",
+    ),
+    Fault(
+        "a layer that runs again without its mask is taken for one that had none",
+        "tools/swap.py",
+        "is_recomputing() and self.has_mask and mask is None",
+        "False",
+        "test_swap.py::test_layers_that_run_again_without_their_mask_are_refused",
+    ),
+    Fault(
+        "a layer thinks it has a mask for good",
+        "tools/swap.py",
+        "self.has_mask = mask is not None",
+        "self.has_mask |= mask is not None",
+        "test_swap.py::test_layers_that_run_again_without_their_mask_are_refused",
+    ),
 ]
 
 

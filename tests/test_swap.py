@@ -8,7 +8,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from st_moe_pytorch import MoE, SparseMoEBlock
-from st_moe_pytorch.tools.swap import AuxLossTrainer, SparseFeedForward, collect_aux_losses, sparsify, swapped
+from st_moe_pytorch.tools.swap import (
+    AuxLossTrainer,
+    SparseFeedForward,
+    collect_aux_losses,
+    padded,
+    sparsify,
+    swapped,
+)
 
 DIM = 16
 
@@ -54,11 +61,11 @@ def sparse(**arguments):
     return sparsify(Model(**arguments), "layers.*.mlp", make).double()
 
 
-def by_hand(model, x):
+def by_hand(model, x, mask=None):
     """Outputs and summed auxiliary losses, layer by layer."""
     total = 0.0
     for layer in model.layers:
-        y, aux_loss, _, _ = layer.mlp.moe(layer.norm(x))
+        y, aux_loss, _, _ = layer.mlp.moe(layer.norm(x), mask=mask)
         x, total = x + y, total + aux_loss
     return x, total
 
@@ -321,6 +328,86 @@ def test_mask_reaches_the_layer_of_models_that_pass_one():
     expected = layer.moe(X, mask=mask)
     assert torch.equal(outputs, expected.outputs)
     assert aux.total.item() == expected.total_aux_loss.item()
+
+
+MASK = torch.arange(10) < torch.tensor([[10], [4]])
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.long()], ids=["bool", "int"])
+@pytest.mark.parametrize("checkpointed", [None, False], ids=["plain", "checkpointed"])
+def test_layers_are_told_of_padding_in_a_block(mask, checkpointed):
+    model, expected = sparse(checkpointed=checkpointed), None
+    with padded(model, mask), collect_aux_losses() as aux:
+        outputs = model(X)
+        expected, total = by_hand(model, X, MASK)
+        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(aux.total.double(), total, rtol=1e-12, atol=0)
+        assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
+    with collect_aux_losses():
+        assert not torch.allclose(model(X), expected)  # routed as tokens are, and taking their places
+
+
+def test_blocks_of_padding_are_for_parts_of_a_model_and_end_with_errors():
+    encoder, decoder = sparse(), sparse()
+    model = nn.ModuleList([encoder, decoder])
+    masks = [layer.mlp.mask for part in model for layer in part.layers]
+    with collect_aux_losses(), padded(encoder, MASK), padded(decoder, MASK[:, :6]):
+        torch.testing.assert_close(encoder(X), by_hand(encoder, X, MASK)[0], rtol=1e-12, atol=1e-12)
+        with padded(decoder, MASK[:, 1:7]):  # the innermost counts
+            some = X[:, :6]
+            torch.testing.assert_close(decoder(some), by_hand(decoder, some, MASK[:, 1:7])[0], rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match=r"mask must be a bool tensor of shape \(2, 10\), .* of shape \(2, 6\)"):
+            decoder(X)
+        masks.append(decoder.layers[0].mlp.mask)
+    with pytest.raises(KeyError), padded(model, MASK):
+        raise KeyError
+    assert masks[:-1] == [layer.mlp.mask for part in model for layer in part.layers] == [None] * 6
+    assert torch.equal(masks[-1], MASK[:, :6])
+
+
+def test_a_mask_that_a_model_passes_itself_is_taken():
+    layer = sparse().layers[0].mlp
+    with padded(layer, ~MASK), collect_aux_losses():
+        assert torch.equal(layer(X, mask=MASK), layer.moe(X, mask=MASK).outputs)
+
+
+def test_a_mask_goes_where_the_layers_are():
+    model = sparse().to("meta")
+    with padded(model, MASK), collect_aux_losses():
+        assert model(X.to("meta")).shape == X.shape
+        assert {layer.mlp.mask.device.type for layer in model.layers} == {"meta"}
+
+
+def test_layers_that_run_again_without_their_mask_are_refused():
+    model = sparse(checkpointed=False)
+    with padded(model, MASK), collect_aux_losses() as aux:
+        outputs = model(X)
+    with pytest.raises(RuntimeError, match=r"layers.2.mlp runs again in the backward without its mask: run both in"):
+        ((outputs * COTANGENT).sum() + aux.total).backward()
+    with collect_aux_losses() as aux:  # a step that has none
+        outputs = model(X)
+    ((outputs * COTANGENT).sum() + aux.total).backward()
+
+
+def test_what_is_no_mask_or_has_no_layers_is_refused():
+    with pytest.raises(ValueError, match="model must have layers that sparsify has swapped in, got a Model without"):
+        padded(Model(), MASK).__enter__()
+    with pytest.raises(ValueError, match=r"mask must be bool or whole numbers, 1 for real tokens, got torch\.float32"):
+        padded(sparse(), MASK.float()).__enter__()
+
+
+@pytest.mark.compile
+def test_compiled_models_are_told_of_padding():
+    torch._dynamo.reset()
+    model = sparse()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mask in (MASK, MASK.flip(0), MASK):
+        with collect_aux_losses() as aux, padded(model, mask):
+            outputs = compiled(X)
+        expected, total = by_hand(model, X, mask)
+        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+        assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_blocks_of_st_moe_can_be_swapped_in():

@@ -59,9 +59,8 @@ def audit_dependence(
 
     usual = run(x)
     if not (x[real].isfinite().all() and usual[real].isfinite().all()):
-        raise ValueError(
-            "x and the outputs of its real tokens must be finite, since what becomes NaN depends on everything"
-        )
+        why = "since what becomes NaN depends on everything"
+        raise ValueError(f"x and the outputs of its real tokens must be finite, {why}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x[real].std(correction=0).clamp(
         min=1e-3

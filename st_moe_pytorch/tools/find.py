@@ -45,9 +45,8 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
         columns = [_outermost(name for name in modules if _matches(name, part)) for part in parts]
         if len({len(names) for names in columns}) > 1:
             counts = ", ".join(f"{len(names)} by {part!r}" for names, part in zip(columns, parts, strict=True))
-            raise ValueError(
-                f"where must name equally many first, second and further parts of feed-forwards, found {counts}"
-            )
+            wanted = "equally many first, second and further parts of feed-forwards"
+            raise ValueError(f"where must name {wanted}, found {counts}")
         found = [_in_a_row(names, [modules[name] for name in names]) for names in zip(*columns, strict=True)]
     else:
         found = [
@@ -187,13 +186,11 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
     except Exception:
         return  # it may not work without data; if it is of another width, the layer tells in its first forward
     if not isinstance(y, Tensor):
-        raise ValueError(
-            f"where must match modules that return one tensor, but {feed_forward} returns a {type(y).__name__}"
-        )
+        got = f"{feed_forward} returns a {type(y).__name__}"
+        raise ValueError(f"where must match modules that return one tensor, but {got}")
     if y.shape != (1, 2, dim):
-        raise ValueError(
-            f"where must match whole feed-forwards, but {feed_forward} maps a width of {dim} to {y.shape[-1]}{PARTS}"
-        )
+        got = f"{feed_forward} maps a width of {dim} to {y.shape[-1]}"
+        raise ValueError(f"where must match whole feed-forwards, but {got}{PARTS}")
 
 
 def nearest(model: nn.Module, where: Where, most: int = 8) -> str:

@@ -144,10 +144,8 @@ def text_page(
     for layer, routings in records.items():
         routing = routings[0]
         if len(tokens) != routing.indices.shape[1]:
-            raise ValueError(
-                f"tokens must be the {routing.indices.shape[1]} tokens "
-                f"that {layer or 'the layer'} saw, got {len(tokens)}"
-            )
+            wanted = f"the {routing.indices.shape[1]} tokens that {layer or 'the layer'} saw"
+            raise ValueError(f"tokens must be {wanted}, got {len(tokens)}")
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))
         legend = "".join(

@@ -38,10 +38,8 @@ class Replay:
     def __init__(self, model: nn.Module, records: Mapping[str, Sequence[Routing | Mapping[str, Any]]]) -> None:
         self.gates = gates_of(model)
         if self.gates.keys() != records.keys():
-            there = f"{', '.join(map(_told, self.gates)) or 'none'} of {type(model).__name__}"
-            raise ValueError(
-                f"records must be of the sparse layers {there}, got those of {', '.join(map(_told, records)) or 'none'}"
-            )
+            there, got = (", ".join(map(_told, names)) or "none" for names in (self.gates, records))
+            raise ValueError(f"records must be of {type(model).__name__}'s sparse layers {there}, got those of {got}")
         self.records = {name: [_as_choices(record) for record in of_layer] for name, of_layer in records.items()}
         self.deciders: dict[nn.Module, tuple[str, Gate]] = {}
         for name, (layer, gate) in self.gates.items():
@@ -76,15 +74,13 @@ class Replay:
         if again:
             return self._again(name, x)
         if len(calls) == len(self.records[name]):
-            raise ValueError(
-                f"records must hold every call, but {_told(name)} is called again after the {len(calls)} of its records"
-            )
+            got = f"{_told(name)} is called again after the {len(calls)} of its records"
+            raise ValueError(f"records must hold every call, but {got}")
         choices, which = self.records[name][len(calls)], f"record {len(calls)} of {_told(name)}"
         (b, n), k = x.shape[:2], choices.indices.shape[-1]
         choices.check_fit((b, n, getattr(gate, "top_n", k)), gate.num_gates, gate.groups(b, n), which)
-        choices = choices._replace(
-            **{key: t.to(x.device) for key, t in choices._asdict().items() if isinstance(t, Tensor)}
-        )
+        tensors = {key: t.to(x.device) for key, t in choices._asdict().items() if isinstance(t, Tensor)}
+        choices = choices._replace(**tensors)
         padding = [torch.zeros_like(choices.asked[..., 0]) if m is None else ~m for m in (mask, choices.mask)]
         if can_be_looked_at(padding[0]) and not torch.equal(*padding):
             raise ValueError(f"mask must be that of {which}, got another one")
@@ -97,10 +93,8 @@ class Replay:
             if module is decider and not is_recomputing():
                 wanted = self.calls[name][-1].choices
                 if can_be_looked_at(routing.indices) and not torch.equal(routing.indices, wanted.indices.long()):
-                    raise RuntimeError(
-                        f"the route of {_told(name)} must hand its choices= "
-                        "on to that of Gate: it has decided by itself"
-                    )
+                    wanted = "must hand its choices= on to that of Gate: it has decided by itself"
+                    raise RuntimeError(f"the route of {_told(name)} {wanted}")
                 with torch.no_grad():
                     draws = torch.zeros_like(routing.gates)
                     free = gate.decide(routing.logits.detach(), mask=routing.mask, draws=draws)
@@ -109,15 +103,12 @@ class Replay:
 
     def _again(self, name: str, x: Tensor) -> Choices:
         """The choices of the call that runs again in the backward, known by its input; of equal ones, the last."""
-        calls = [
-            (call.distance(x), call.times_again, call) for call in reversed(self.calls[name]) if call.shape == x.shape
-        ]
+        alike = [call for call in reversed(self.calls[name]) if call.shape == x.shape]
+        calls = [(call.distance(x), call.times_again, call) for call in alike]
         distance, _, call = min(calls, key=lambda known: known[:2], default=(math.inf, 0, None))
         if call is None or distance > 0.1:
-            raise RuntimeError(
-                f"{_told(name)} runs again in the backward on tokens "
-                "that it has not seen in this replay: run both in it"
-            )
+            why = "on tokens that it has not seen in this replay: run both in it"
+            raise RuntimeError(f"{_told(name)} runs again in the backward {why}")
         call.times_again += 1
         return call.choices
 
@@ -191,19 +182,15 @@ def _as_choices(record: Routing | Mapping[str, Any]) -> Choices:
 def _replayable(name: str, gate: nn.Module, records: Sequence[Choices]) -> Gate:
     """The gate, if it takes what it is to choose."""
     if not isinstance(gate, Gate) or "choices" not in signature(gate.decide).parameters:
-        raise ValueError(
-            f"the gate of {_told(name)} must be a Gate whose decide "
-            f"takes choices= to be replayed, got a {type(gate).__name__}"
-        )
+        wanted = "must be a Gate whose decide takes choices= to be replayed"
+        raise ValueError(f"the gate of {_told(name)} {wanted}, got a {type(gate).__name__}")
     route = signature(gate.route).parameters
     if "choices" not in route and all(parameter.kind != Parameter.VAR_KEYWORD for parameter in route.values()):
-        raise ValueError(
-            f"the route of {_told(name)} must take choices= to be replayed, got one that takes {', '.join(route)}"
-        )
+        got = f"one that takes {', '.join(route)}"
+        raise ValueError(f"the route of {_told(name)} must take choices= to be replayed, got {got}")
     if is_dense(gate) and not records:
-        raise ValueError(
-            f"records must hold the calls of {_told(name)}, got none: its gate decides by dense tensors of its own"
-        )
+        why = "its gate decides by dense tensors of its own"
+        raise ValueError(f"records must hold the calls of {_told(name)}, got none: {why}")
     return gate
 
 

@@ -96,27 +96,31 @@ class SparseFeedForward(nn.Module):
         super().__init__()
         self.moe = moe
         self.name = name or type(self).__name__
+        self.mask: Tensor | None = None
+        self.has_mask = False  # in the last forward
         self.dim: int = moe.dim if isinstance(moe, MoE) else moe.moe.dim
 
     def forward(self, x: Tensor, *others: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
         """Tokens x (... d) -> outputs of the layer.
 
-        mask (...) is True for real tokens; without one, padding is routed as tokens are.
+        mask (...) is True for real tokens; without one, and outside `padded`, padding is routed as tokens are.
 
         What else the model hands to its feed-forwards has to be None.
         """
         given = [f"argument {place}" for place, other in enumerate(others, 2) if other is not None]
         if given := given + [name for name, other in named.items() if other is not None]:
-            raise ValueError(
-                f"{self.name}: a sparse layer takes tokens and mask=, but its model gives it {', '.join(given)} too"
-            )
+            too = f"but its model gives it {', '.join(given)} too"
+            raise ValueError(f"{self.name}: a sparse layer takes tokens and mask=, {too}")
         if x.shape[-1] != self.dim:
             raise ValueError(f"{self.name}: x must have shape (..., {self.dim}), got {tuple(x.shape)}")
+        mask = self.mask if mask is None else mask
+        if is_recomputing() and self.has_mask and mask is None:
+            raise RuntimeError(f"{self.name} runs again in the backward without its mask: run both in `padded`")
+        self.has_mask = mask is not None
         outputs, aux_loss, _, _ = self.moe(x, **given_only(mask=mask))
         if outputs.shape != x.shape:
-            raise ValueError(
-                f"{self.name}: experts must keep the width of a feed-forward, {self.dim}, got {outputs.shape[-1]}"
-            )
+            wanted = f"experts must keep the width of a feed-forward, {self.dim}"
+            raise ValueError(f"{self.name}: {wanted}, got {outputs.shape[-1]}")
         if _COLLECTING.losses is not None:
             _COLLECTING.losses.has_layers = True
         if self.training:
@@ -145,6 +149,36 @@ class SparseFeedForward(nn.Module):
                 "checkpointing, choose the kind that keeps them: use_reentrant=False"
             )
         losses.total = losses.total.to(aux_loss.device) + aux_loss
+
+
+@contextmanager
+def padded(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Tell the swapped-in layers of a model which tokens are real, since models do not tell their feed-forwards.
+
+        with padded(model, batch["attention_mask"]), collect_aux_losses() as aux:
+            (model(**batch).loss + aux.total).backward()
+
+    Padding then takes no expert's place, counts in no loss, and gets output 0 from the layers.
+
+    mask: (b n), True or 1 for real tokens, of the shape that all swapped-in layers of the model get theirs in. Where
+        encoder and decoder differ, open a block for each of them.
+
+    Run the backward in the block too if activation checkpointing runs layers again. Raises ValueError for a model
+    without swapped-in layers; a layer whose tokens do not have the mask's shape raises it in its forward.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
+    if not layers:
+        raise ValueError(f"model must have layers that sparsify has swapped in, got a {type(model).__name__} without")
+    if mask.is_floating_point():
+        raise ValueError(f"mask must be bool or whole numbers, 1 for real tokens, got {mask.dtype}")
+    before = [layer.mask for layer in layers]
+    for layer in layers:
+        layer.mask = mask.to(next(layer.parameters()).device, torch.bool)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.mask = own
 
 
 M = TypeVar("M", bound=nn.Module)

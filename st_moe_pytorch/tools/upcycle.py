@@ -33,9 +33,8 @@ def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> n
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
         different = next(number for number, shape in enumerate(shapes) if shape != shapes[0])
-        raise ValueError(
-            f"experts must have equal parameters to be averaged: expert {different} has others than expert 0"
-        )
+        why = f"expert {different} has others than expert 0"
+        raise ValueError(f"experts must have equal parameters to be averaged: {why}")
     dense = deepcopy(experts[0])
     means = {
         name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value

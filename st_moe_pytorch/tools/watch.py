@@ -98,9 +98,8 @@ class RoutingStats:
         if not isinstance(routings, Routing):
             counted = [cls.of(routing) for routing in routings]
             if not counted:
-                raise ValueError(
-                    "routings must hold at least one routing, got none: did the layer run inside record_routing?"
-                )
+                why = "did the layer run inside record_routing?"
+                raise ValueError(f"routings must hold at least one routing, got none: {why}")
             return sum(counted[1:], counted[0])
         r = routings
         real = torch.ones_like(r.kept[..., 0]) if r.mask is None else r.mask

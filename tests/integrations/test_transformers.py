@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, sparsify
+from st_moe_pytorch.tools.swap import SparseFeedForward, collect_aux_losses, padded, sparsify, swapped
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from finetune_gpt2 import SparseGPT2, SparseTrainer, swap_in, windows
@@ -179,3 +179,49 @@ def test_generation_goes_on_with_a_cache():
         for use in (True, False)
     )
     assert torch.equal(cached, whole)
+
+
+def test_a_padded_batch_of_t5_trains_as_its_sequences_alone():
+    model = sparsify(T5ForConditionalGeneration(T5), "**.DenseReluDense", lambda ffn: MoE.from_dense(ffn, 16, 4))
+    model.double().train()
+    for layer in swapped(model).values():
+        layer.router_z_loss_coef = 0.0  # a mean over tokens, where the balance loss is one over sequences
+    lengths = ((8, 16), (5, 11))  # read and written
+    mask, decoder_mask = (torch.arange(16) < torch.tensor(each)[:, None] for each in zip(*lengths, strict=True))
+    ids, labels = IDS[:2].where(mask, 0), BATCH["labels"][:2].where(decoder_mask, -100)
+    with padded(model.encoder, mask), padded(model.decoder, decoder_mask), collect_aux_losses() as aux:
+        outputs = model(input_ids=ids, attention_mask=mask.long(), labels=labels)
+        got = gradients(model, outputs.logits[decoder_mask].square().sum() + aux.total)
+    logits, alone = [], 0.0
+    for row, (read, written) in enumerate(lengths):
+        with collect_aux_losses() as one:
+            part = model(input_ids=ids[row : row + 1, :read], labels=labels[row : row + 1, :written])
+        logits.append(part.logits[0])
+        alone = alone + one.total / 2
+    expected = gradients(model, torch.cat(logits).square().sum() + alone)
+    torch.testing.assert_close(outputs.logits[decoder_mask], torch.cat(logits), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(aux.total, alone, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+class PaddedTrainer(SparseTrainer):
+    def training_step(self, model, inputs, *others):
+        with padded(model, inputs["attention_mask"]):
+            return super().training_step(model, inputs, *others)
+
+    def prediction_step(self, model, inputs, *others, **named):
+        with padded(model, inputs["attention_mask"]):
+            return super().prediction_step(model, inputs, *others, **named)
+
+
+def test_a_trainer_runs_its_steps_in_a_block(tmp_path):
+    model, seen = gpt2(), []
+    model.transformer.h[1].mlp.moe.register_forward_pre_hook(
+        lambda layer, args, named: seen.append((layer.training, named["mask"].sum().item())), with_kwargs=True
+    )
+    ids, mask = IDS[0], torch.arange(16) < 11
+    rows = [{"input_ids": ids, "labels": ids.where(mask, -100), "attention_mask": mask.long()}] * 2
+    trainer = PaddedTrainer(model, arguments(tmp_path), train_dataset=rows, eval_dataset=rows[:1])
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [(True, 22)] * 3 + [(False, 11)]
