@@ -20,7 +20,7 @@ from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import StrategyOrName
 from st_moe_pytorch.grouped import grouped_linear, has_kernel
 from st_moe_pytorch.grouped.side_by_side import put_side_by_side, together
-from st_moe_pytorch.layers import Expert, RMSNorm, are_plain, gated_gelu
+from st_moe_pytorch.layers import Expert, RMSNorm, are_plain, gated_unit
 from st_moe_pytorch.layouts import Layout
 from st_moe_pytorch.routing import Routing
 
@@ -228,7 +228,8 @@ def run_shared(experts: nn.ModuleList, rows: Tensor, offsets: Tensor) -> Tensor:
     elif rows.dtype != up[0].weight.dtype:
         wanted = f"the dtype of the experts, {up[0].weight.dtype}, or run under autocast"
         raise ValueError(f"x must have {wanted}, got {rows.dtype}")
-    hidden = gated_gelu(grouped_linear(*together(rows, *_parameters(up), [norm.gamma for norm in norms]), offsets))
+    z = grouped_linear(*together(rows, *_parameters(up), [norm.gamma for norm in norms]), offsets)
+    hidden = gated_unit(z, activation=gelus[0].activation)
     for dropout in dropouts:
         hidden = dropout[0](hidden)
     scales = [gelu.mult_bias for gelu in gelus] if isinstance(gelus[0].mult_bias, Tensor) else []

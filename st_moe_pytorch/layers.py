@@ -2,20 +2,37 @@
 
 # pyright: reportIncompatibleMethodOverride=false
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from types import FunctionType, NoneType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from st_moe_pytorch.checks import check_counts, check_positive, refuse_old_pickle, typechecked
+from st_moe_pytorch.checks import check_counts, check_one_of, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, is_lifted, may_be_derived, with_known_signature
 from st_moe_pytorch.grouped.cpu import cpu_linear, is_worthwhile
 
+Activation = Literal["gelu", "gelu_tanh", "silu"]
+
+
+def _silu_gradient(grad: Tensor, gate: Tensor) -> Tensor:
+    """As aten::silu_backward, which has no derivative."""
+    sigmoid = gate.sigmoid()
+    return grad * sigmoid * (1 + gate * (1 - sigmoid))
+
+
+_GELU, _SILU = torch.ops.aten.gelu_backward, torch.ops.aten.silu_backward
+# function; its gradient (grad, input), which has derivatives; the same in place, without
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "gelu": (F.gelu, _GELU, _GELU.grad_input),
+    "gelu_tanh": tuple(partial(f, approximate="tanh") for f in (F.gelu, _GELU, _GELU.grad_input)),
+    "silu": (F.silu, _silu_gradient, _SILU.grad_input),
+}
 SMALL = 2**18  # numbers, of which keeping more for the backward costs less time than a function in Python takes
 
 
@@ -52,16 +69,19 @@ class RMSNorm(nn.Module):
 class GEGLU(nn.Module):
     """Gated GELU (Shazeer 2020) with a multiplicative bias, (..., 2d) -> (..., d).
 
-    ``gelu(gate) * x * mult_bias``, where x and gate are the halves of the input.
+    ``gelu(gate) * x * mult_bias``, where x and gate are the halves of the input. activation: "gelu", its approximation
+    "gelu_tanh", or "silu", with which the layer is a SwiGLU.
 
     Of inputs that are not small, its backward keeps nothing else and computes the rest again, at no measurable time.
     """
 
     @typechecked
-    def __init__(self, dim: int, mult_bias: bool = True) -> None:
+    def __init__(self, dim: int, mult_bias: bool = True, *, activation: Activation = "gelu") -> None:
         super().__init__()
         check_counts(dim=dim)
+        check_one_of(get_args(Activation), activation=activation)
         self.dim = dim
+        self.activation = activation
         self.mult_bias = nn.Parameter(torch.ones(dim)) if mult_bias else 1.0
 
     def reset_parameters(self) -> None:
@@ -69,14 +89,14 @@ class GEGLU(nn.Module):
             nn.init.ones_(self.mult_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_gelu(x, self.mult_bias)
+        return gated_unit(x, self.mult_bias, self.activation)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         refuse_old_pickle(self, state, "dim")
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, mult_bias={isinstance(self.mult_bias, Tensor)}"
+        return f"{self.dim}, mult_bias={isinstance(self.mult_bias, Tensor)}, activation={self.activation!r}"
 
 
 class Expert(nn.Module):
@@ -84,7 +104,7 @@ class Expert(nn.Module):
 
     Two thirds, because a gated layer has three matrices where a plain one has two. ``prenorm`` puts an RMSNorm first;
     ``dropout`` acts on the hidden units (expert dropout, Fedus et al. 2021, section 2.4); ``bias`` is that of the
-    matrices.
+    matrices; ``activation`` is as in `GEGLU`.
     """
 
     @typechecked
@@ -97,13 +117,15 @@ class Expert(nn.Module):
         *,
         dropout: float = 0.0,
         bias: bool = True,
+        activation: Activation = "gelu",
     ) -> None:
         super().__init__()
         check_counts(dim=dim)
         check_positive(hidden_mult=hidden_mult, hidden_units=int(dim * hidden_mult * 2 / 3))
         hidden = int(dim * hidden_mult * 2 / 3)
         layers = [RMSNorm(dim)] if prenorm else []
-        layers += [nn.Linear(dim, hidden * 2, bias), GEGLU(hidden, mult_bias), nn.Linear(hidden, dim, bias)]
+        gated = GEGLU(hidden, mult_bias, activation=activation)
+        layers += [nn.Linear(dim, hidden * 2, bias), gated, nn.Linear(hidden, dim, bias)]
         self.net = nn.Sequential()
         for number, layer in enumerate(layers):
             # named, not numbered, so that checkpoints do not depend on whether there is dropout
@@ -132,60 +154,65 @@ class Expert(nn.Module):
         return x
 
 
-def gated_gelu(z: Tensor, mult_bias: Tensor | float = 1.0) -> Tensor:
-    """``gelu(gate) * x * mult_bias`` (..., d) of the halves x and gate of z (..., 2d), in the dtype of z."""
+def gated_unit(z: Tensor, mult_bias: Tensor | float = 1.0, activation: str = "gelu") -> Tensor:
+    """``gelu(gate) * x * mult_bias`` (..., d) of the halves x and gate of z (..., 2d), in the dtype of z.
+
+    So for "gelu"; the activation is one of `ACTIVATIONS`.
+    """
     if isinstance(mult_bias, Tensor):
         mult_bias = mult_bias.to(z.dtype)
     # compilers choose by themselves what to keep
     if torch.compiler.is_compiling() or z.numel() < SMALL or is_lifted() or not may_be_derived(z, mult_bias):
-        return _gated_gelu(z, mult_bias)
-    return _GatedGELU.apply(z, mult_bias)
+        return _gated_unit(z, mult_bias, activation)
+    return _GatedUnit.apply(z, mult_bias, activation)
 
 
 @fused
-def _gated_gelu(z: Tensor, mult_bias: Tensor | float) -> Tensor:
+def _gated_unit(z: Tensor, mult_bias: Tensor | float, activation: str) -> Tensor:
     x, gate = z.chunk(2, dim=-1)
-    hidden = F.gelu(gate) * x
+    hidden = ACTIVATIONS[activation][0](gate) * x
     return hidden * mult_bias if isinstance(mult_bias, Tensor) else hidden
 
 
 @fused
-def _write_gradients(grad: Tensor, z: Tensor, dx: Tensor, dgate: Tensor) -> None:
-    """Gradients of gated_gelu(z) without a factor into the halves dx and dgate of one tensor, in one kernel."""
+def _write_gradients(grad: Tensor, z: Tensor, dx: Tensor, dgate: Tensor, activation: str) -> None:
+    """Gradients of gated_unit(z) without a factor into the halves dx and dgate of one tensor, in one kernel."""
+    function, gradient, _ = ACTIVATIONS[activation]
     x, gate = z.chunk(2, dim=-1)
-    dx.copy_(F.gelu(gate) * grad)
-    dgate.copy_(torch.ops.aten.gelu_backward(grad * x, gate))
+    dx.copy_(function(gate) * grad)
+    dgate.copy_(gradient(grad * x, gate))
 
 
 @with_known_signature
-class _GatedGELU(Function):
-    """`_gated_gelu` that keeps z only, where plain operations keep z and two more of half its size."""
+class _GatedUnit(Function):
+    """`_gated_unit` that keeps z only, where plain operations keep z and two more of half its size."""
 
-    forward = staticmethod(_gated_gelu)
+    forward = staticmethod(_gated_unit)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | float], output: Tensor) -> None:
-        z, mult_bias = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | float, str], output: Tensor) -> None:
+        z, mult_bias, ctx.activation = inputs
         ctx.save_for_backward(*((z, mult_bias) if isinstance(mult_bias, Tensor) else (z,)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         z, *factor = ctx.saved_tensors
+        function, gradient, write_gradient = ACTIVATIONS[ctx.activation]
         x, gate = z.chunk(2, dim=-1)
         is_last = grad.dtype == z.dtype and not may_be_derived(grad, z, *factor)
         if is_last and not factor and is_fused(grad):
             dz = torch.empty_like(z)
-            _write_gradients(grad, z, *dz.chunk(2, dim=-1))
-            return dz, None
-        dx, inner = F.gelu(gate) * grad, grad * factor[0] if factor else grad
+            _write_gradients(grad, z, *dz.chunk(2, dim=-1), ctx.activation)
+            return dz, None, None
+        dx, inner = function(gate) * grad, grad * factor[0] if factor else grad
         dbias = (dx * x).sum_to_size(factor[0].shape).to(factor[0].dtype) if ctx.needs_input_grad[1] else None
         if is_last:
             dz = torch.empty_like(z)  # written in place, for less memory
             torch.mul(dx, factor[0] if factor else 1.0, out=dz.chunk(2, dim=-1)[0])
-            torch.ops.aten.gelu_backward.grad_input(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
-            return dz, dbias
+            write_gradient(inner * x, gate, grad_input=dz.chunk(2, dim=-1)[1])
+            return dz, dbias, None
         dx, inner = dx * factor[0] if factor else dx, (inner * x).to(z.dtype)
-        return torch.cat((dx.to(z.dtype), torch.ops.aten.gelu_backward(inner, gate)), dim=-1), dbias
+        return torch.cat((dx.to(z.dtype), gradient(inner, gate)), dim=-1), dbias, None
 
 
 # modules that compute nothing but what their class and parameters say
@@ -202,7 +229,8 @@ def are_plain(modules: Sequence[nn.Module]) -> bool:
         own, (children, parameters) = vars(module), contents(module)
         if type(module) not in PLAIN or "forward" in own or has_hooks(module):
             return False
-        kinds.add((type(module), own["training"], own.get("p"), len(children), len(parameters)))
+        settings = own["training"], own.get("p"), own.get("activation")
+        kinds.add((type(module), *settings, len(children), len(parameters)))
         columns.append((children.values(), parameters.values()))
     for parameters in zip(*(own for _, own in columns), strict=False):
         tensors = {p if p is None else (type(p), p.shape, p.dtype, p.device) for p in parameters}

@@ -129,15 +129,17 @@ class MoE(Routed[MixtureOfExpertsReturn]):
     ) -> "MoE":
         """Sparse upcycling (Komatsuzaki et al. 2022): layer whose experts start as copies of a trained ffn (..., dim).
 
-        By default nothing is dropped and every choice is asked for, so that gates sum to 1 and the layer starts by
-        computing what ffn does. Capacities, a gate of another policy or top_n = 1, whose gate is not normalised, change
-        that; so does ``noise``, the standard deviation of what is added to every parameter of every copy, as a multiple
-        of the parameter's own. Other arguments as of `MoE` and of `TopNGating`.
+        By default nothing is dropped, every choice is asked for, so that gates sum to 1, and tokens sent to experts
+        carry no gradient to their gate: the layer starts by computing what ffn does, with its gradients. Capacities, a
+        gate of another policy or top_n = 1, whose gate is not normalised, change that; so does ``noise``, the standard
+        deviation of what is added to every parameter of every copy, as a multiple of the parameter's own. Other
+        arguments as of `MoE` and of `TopNGating`.
         """
         if gate is None:
             names = signature(TopNGating).parameters
             # eps so small that gates sum to 1 in float64 too
             settings: dict[str, Any] = {"eps": 1e-20, "policy_train": "all", "policy_eval": "all"}
+            settings |= {"straight_through_dispatch_tensor": False}
             if {"top_n", "gating_top_n"} <= arguments.keys():
                 raise ValueError("top_n and gating_top_n must not both be given: they are the same")
             top_n = arguments.pop("gating_top_n", 2)

@@ -306,6 +306,21 @@ def test_what_cannot_be_balanced_is_refused():
     with pytest.raises(KeyError), balance:
         raise KeyError
     assert LISTENERS.of_decisions == ()
-    with pytest.raises(RuntimeError, match=r"gate.bias must be float32, since it changes .*, got torch.bfloat16"):
-        LossFreeBalance(model.bfloat16()).__enter__()
+    gate = next(module for module in model.modules() if isinstance(module, TopNGating))
+    balance, gate.bias = LossFreeBalance(model), None
+    with pytest.raises(RuntimeError, match=r"gate\.bias must be a tensor, got None"):
+        balance.__enter__()
     assert LISTENERS.of_decisions == ()
+
+
+def test_a_bias_is_float32_again_after_a_cast():
+    model, x = Model().bfloat16(), torch.randn(2, 16, 8, dtype=torch.bfloat16)
+    balance, gates = LossFreeBalance(model), [module for module in model.modules() if isinstance(module, TopNGating)]
+    assert {gate.bias.dtype for gate in gates} == {torch.bfloat16}
+    for _ in range(2):
+        with balance:
+            model(x)
+        balance.step()
+    assert {gate.bias.dtype for gate in gates} == {torch.float32}
+    assert all(gate.bias.any() and "bias" in dict(gate.named_buffers()) for gate in gates)
+    assert not any(torch.equal(gate.bias, gate.bias.bfloat16().float()) for gate in gates)

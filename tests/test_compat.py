@@ -31,6 +31,22 @@ def test_recomputation_is_told_from_a_forward(use_reentrant):
     assert seen == [False, True]
 
 
+def test_checkpointing_that_turns_gradients_off_is_seen():
+    seen = []
+
+    def forward(x):
+        seen.append(tools.compat.is_checkpointed_without_gradients())
+        return x.sin()
+
+    x = torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        forward(x)
+    checkpoint(forward, x, use_reentrant=False)
+    torch.compile(forward, backend="eager", fullgraph=True)(x)
+    checkpoint(forward, x, use_reentrant=True)
+    assert seen == [False, False, False, True]
+
+
 def test_the_end_of_a_recomputation_is_told_from_other_errors():
     seen = []
 
@@ -259,7 +275,7 @@ def test_fused_functions_give_their_numbers_compiled_too():
         (layouts._sum_each, y, gates, places, torch.float32),
         (layouts._gradients_of_sum, torch.randn(tokens, d), y, torch.rand(rows + 1, 1), of_tokens),
         (layouts._gradients_of_gather, y, torch.randn(rows + 1, d), (torch.rand(tokens, k) < 0.8).float(), places),
-        (layers._gated_gelu, z, torch.rand(d)),
+        *((layers._gated_unit, z, torch.rand(d), name) for name in layers.ACTIVATIONS),
         (linear._add_bias, z, torch.randn(3, 2 * d), offsets),
     ):
         with torch.no_grad():
@@ -272,14 +288,15 @@ def test_fused_functions_give_their_numbers_compiled_too():
 
 
 @pytest.mark.compile
-def test_compiled_code_writes_both_halves_of_a_tensor():
+@pytest.mark.parametrize("activation", layers.ACTIVATIONS)
+def test_compiled_code_writes_both_halves_of_a_tensor(activation):
     """They share memory, which torch.compile has to notice and to know that they do not overlap."""
     z, grad = torch.randn(20, 16, requires_grad=True), torch.randn(20, 8)
-    (wanted,) = torch.autograd.grad(layers._gated_gelu(z, 1.0), z, grad)
+    (wanted,) = torch.autograd.grad(layers._gated_unit(z, 1.0, activation), z, grad)
     for function in (layers._write_gradients, torch.compile(layers._write_gradients)):
         dz = torch.full_like(z, torch.nan)
         with torch.no_grad():
-            function(grad, z, *dz.chunk(2, dim=-1))
+            function(grad, z, *dz.chunk(2, dim=-1), activation)
         torch.testing.assert_close(dz, wanted, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
 

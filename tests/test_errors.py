@@ -107,6 +107,7 @@ def test_wrong_types(build, name):
         (lambda: Expert(8, dropout=1.5), "dropout"),
         (lambda: RMSNorm(0), "dim must be a positive number, got 0"),
         (lambda: GEGLU(-1), "dim must be a positive number, got -1"),
+        (lambda: Expert(8, activation="relu"), "activation must be one of 'gelu', 'gelu_tanh', 'silu', got 'relu'"),
         (lambda: Experts([]), "experts must hold at least one module"),
         (lambda: MoE.from_dense(nn.Linear(8, 8), 8, 4, top_n=2, gating_top_n=1), "must not both be given"),
         (lambda: MoE.from_dense(nn.Linear(8, 8), 8, 4, noise=float("nan")), "noise must be 0 or more, got nan"),

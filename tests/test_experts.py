@@ -9,7 +9,7 @@ from oracles import assert_close
 from torch import nn
 
 from st_moe_pytorch import GEGLU, Expert, Experts, MoE, RMSNorm
-from st_moe_pytorch.layers import gated_gelu
+from st_moe_pytorch.layers import gated_unit
 
 
 def test_geglu_and_norm_are_their_equations():
@@ -262,14 +262,41 @@ def test_a_token_of_zeros_has_a_norm_and_gradients(dtype):
     assert norm.gamma.grad.isfinite().all()
 
 
+REFERENCE = {
+    "gelu": lambda gate: gate * 0.5 * (1 + torch.erf(gate / 2**0.5)),
+    "gelu_tanh": lambda gate: gate * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))),
+    "silu": lambda gate: gate / (1 + torch.exp(-gate)),
+}
+
+
+@pytest.mark.parametrize("activation", REFERENCE)
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_activations_are_their_definitions(activation, small, monkeypatch):
+    monkeypatch.setattr("st_moe_pytorch.layers.SMALL", small)
+    layer = GEGLU(4, activation=activation).double()
+    nn.init.normal_(layer.mult_bias)
+    z = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    x, gate = z.chunk(2, dim=-1)
+    expected, cotangent = x * REFERENCE[activation](gate) * layer.mult_bias, torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(z), expected, rtol=1e-12, atol=1e-14)
+    for leaf in (z, layer.mult_bias):
+        found, wanted = (torch.autograd.grad(y, leaf, cotangent, retain_graph=True)[0] for y in (layer(z), expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert f"activation='{activation}'" in repr(layer)
+
+
+@pytest.mark.parametrize("activation", REFERENCE)
 @pytest.mark.parametrize("mult_bias", [True, False])
-def test_geglu_keeps_its_input_only_and_has_all_derivatives(mult_bias, monkeypatch):
+def test_geglu_keeps_its_input_only_and_has_all_derivatives(mult_bias, activation, monkeypatch):
     monkeypatch.setattr("st_moe_pytorch.layers.SMALL", 0)
-    geglu = GEGLU(3, mult_bias).double()
+    geglu = GEGLU(3, mult_bias, activation=activation).double()
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True) if mult_bias else 1.0
     z = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     inputs = (z, bias) if mult_bias else (z,)
-    function = gated_gelu if mult_bias else lambda z: gated_gelu(z, 1.0)
+
+    def function(z, bias=1.0):
+        return gated_unit(z, bias, activation)
+
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
     kept = []

@@ -208,6 +208,16 @@ def test_checkpointing_that_loses_the_gradient_is_refused():
     assert aux.total.item() > 0.5
 
 
+def test_a_model_that_is_only_looked_at_counts_nothing():
+    model, reference = sparse(), sparse()
+    with collect_aux_losses() as aux:
+        with torch.no_grad():
+            reference(X)
+        outputs = model(X)
+    expected, total = by_hand(model, X)
+    assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
+
+
 def test_gradients_accumulate_over_micro_batches():
     model = sparse()
     losses, expected = [], []
@@ -318,6 +328,9 @@ def test_training_without_the_losses_warns_and_nothing_else_does():
     with torch.no_grad():
         model(X)
     model.eval()(X)
+    for layer in swapped(model.train()).values():
+        layer.balance_loss_coef = layer.router_z_loss_coef = 0.0
+    model(X)
 
 
 def test_mask_reaches_the_layer_of_models_that_pass_one():
@@ -399,6 +412,7 @@ def test_what_is_no_mask_or_has_no_layers_is_refused():
 @pytest.mark.compile
 def test_compiled_models_are_told_of_padding():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = sparse()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for mask in (MASK, MASK.flip(0), MASK):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
-from st_moe_pytorch.tools.upcycle import average_experts, dense_copies
+from st_moe_pytorch.tools.upcycle import as_expert, average_experts, dense_copies
 
 
 def feed_forwards(dim):
@@ -36,8 +36,10 @@ def test_gradients_of_the_copies_add_up_to_the_dense_ones():
     ffn = Expert(16).double()
     moe = MoE.from_dense(ffn, 16, 4).double()
     x, cotangent = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 9, 16, dtype=torch.float64)
-    (moe(x).outputs * cotangent).sum().backward()
-    (ffn(x) * cotangent).sum().backward()
+    inputs = [x.requires_grad_(), x.detach().clone().requires_grad_()]
+    (moe(inputs[0]).outputs * cotangent).sum().backward()
+    (ffn(inputs[1]) * cotangent).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-9)
     for name, parameter in ffn.named_parameters():
         assert parameter.grad.abs().max() > 1e-3
         summed = sum(expert.get_parameter(name).grad for expert in moe.experts.experts)
@@ -123,3 +125,91 @@ def test_a_feed_forward_whose_copies_would_run_the_original_is_refused():
     moe(torch.randn(1, 3, 8)).outputs.sum().backward()
     assert moe.experts.experts[1][0].weight.grad is not None
     assert ffn[0].weight.grad is None
+
+
+class Gated(nn.Module):
+    """A gated feed-forward as models of transformers have it, of random weights."""
+
+    def __init__(self, names, act=None, bias=False, dropout=None):
+        super().__init__()
+        *ups, down = names
+        for name in ups:
+            self.add_module(name, nn.Linear(6, 10 * 2 // len(ups), bias))
+        self.add_module(down, nn.Linear(10, 6, bias))
+        self.act, self.names = nn.SiLU() if act is None else act, names
+        if dropout is not None:
+            self.dropout = nn.Dropout(dropout)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x):
+        *ups, down = (self.get_submodule(name) for name in self.names)
+        gate, up = torch.cat([layer(x) for layer in ups], dim=-1).chunk(2, dim=-1)
+        hidden = self.act(gate) * up
+        return down(self.dropout(hidden) if hasattr(self, "dropout") else hidden)
+
+
+LLAMA, PHI, T5 = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("wi_0", "wi_1", "wo")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("names", [LLAMA, PHI, T5], ids=str)
+def test_an_expert_computes_what_a_gated_feed_forward_does(names, act, bias):
+    ffn = Gated(names, act, bias).double()
+    before = {name: parameter.clone() for name, parameter in ffn.named_parameters()}
+    expert, x = as_expert(ffn), torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(expert(x), ffn(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(MoE.from_dense(expert, 6, 4).double()(x).outputs, ffn(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(dict(ffn.named_parameters()), before, rtol=0, atol=0)
+
+
+def test_an_expert_is_in_the_state_of_its_feed_forward():
+    ffn = Gated(T5, dropout=0.3).requires_grad_(False).bfloat16()
+    for training in (True, False):
+        expert = as_expert(ffn.train(training))
+        assert (expert.training, expert.net.dropout.p, expert.net.dropout.training) == (training, 0.3, training)
+        assert {(p.dtype, p.requires_grad) for p in expert.parameters()} == {(torch.bfloat16, False)}
+    assert "dropout" not in dict(as_expert(Gated(LLAMA)).net.named_children())
+    assert {p.device.type for p in as_expert(Gated(LLAMA).to("meta")).parameters()} == {"meta"}
+
+
+class Swapped(Gated):
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)) * self.gate_proj(x))
+
+
+def partly(ffn):
+    ffn.up_proj.bias = None
+    return ffn
+
+
+def adapted(ffn):
+    ffn.down_proj = nn.Sequential(ffn.down_proj)
+    return ffn
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: nn.Linear(6, 6),
+            "ffn must have nn.Linears gate_proj, up_proj, down_proj or .* gelu_tanh, silu, got Line",
+        ),
+        (lambda: Gated(LLAMA, nn.ReLU()), "ffn must have nn.Linears .* and one of gelu, gelu_tanh, silu, got Gated"),
+        (lambda: adapted(Gated(LLAMA)), "ffn must have nn.Linears .*, got Gated"),
+        (
+            lambda: partly(Gated(LLAMA, bias=True)),
+            "ffn must have biases on all of gate_proj, up_proj, down_proj or on none",
+        ),
+        (lambda: Swapped(LLAMA), r"ffn must compute down\(activation\(gate\) \* up\), got other outputs from Swapped"),
+        (lambda: Swapped(LLAMA).bfloat16(), "got other outputs from Swapped"),
+    ],
+)
+def test_feed_forwards_that_no_expert_can_be_are_refused(make, message):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=message):
+        as_expert(make())

@@ -62,9 +62,8 @@ def audit_dependence(
         why = "since what becomes NaN depends on everything"
         raise ValueError(f"x and the outputs of its real tokens must be finite, {why}")
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x[real].std(correction=0).clamp(
-        min=1e-3
-    )
+    spread = x[real].std(correction=0).clamp(min=1e-3)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * spread
     tokens = x[real]
     others = tokens[torch.randint(len(tokens), (b, n), generator=generator)], noise
 

@@ -170,13 +170,15 @@ class Seen:
         SEEN[self.key] = self
 
     def prepare(self) -> None:
-        """Count on the gate's device. Compiled code goes on with the same tensor."""
-        bias = self.gate.bias
-        if bias is None or bias.dtype != torch.float32:
-            got = "none" if bias is None else bias.dtype
-            why = "since it changes by little: keep it so where you cast the model"
-            raise RuntimeError(f"gate.bias must be float32, {why}, got {got}")
-        self.loads = self.loads.to(bias.device)
+        """Count on the gate's device. Compiled code goes on with the same tensor.
+
+        The bias becomes float32 again where a model was cast, since it changes by little.
+        """
+        if self.gate.bias is None:
+            raise RuntimeError("gate.bias must be a tensor, got None")
+        if self.gate.bias.dtype != torch.float32:
+            self.gate.bias = nn.Buffer(self.gate.bias.float())
+        self.loads = self.loads.to(self.gate.bias.device)
 
     def forget(self) -> None:
         self.loads.zero_()

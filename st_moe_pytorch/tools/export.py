@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from st_moe_pytorch.checks import is_overridden
 from st_moe_pytorch.compat import has_hooks
 from st_moe_pytorch.experts import Experts, are_alike
 from st_moe_pytorch.gate import RouterLinear, is_dense
 from st_moe_pytorch.gating import TopNGating
-from st_moe_pytorch.layers import Expert, RMSNorm
+from st_moe_pytorch.layers import ACTIVATIONS, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock
 from st_moe_pytorch.tools.swap import SparseFeedForward
+from st_moe_pytorch.tools.upcycle import activation_of, plain_expert
 
 
 def export_mixtral(model: nn.Module) -> dict[str, Tensor]:
@@ -26,8 +26,10 @@ def export_mixtral(model: nn.Module) -> dict[str, Tensor]:
 
     ``gate.weight`` (e d), ``experts.gate_up_proj`` (e 2h d) and ``experts.down_proj`` (e d h), times mult_bias, stand
     under the name of the layer, or of the feed-forward that it replaces. Other tensors stay as they are. The config
-    needs hidden_act="gelu", intermediate_size=h, num_local_experts=e and num_experts_per_tok=top_n. Where h numbers are
-    no multiple of 16 bytes, it needs experts_implementation="eager" too, as transformers' usual product refuses them.
+    needs hidden_act="gelu", or the other activation of the experts ("gelu_pytorch_tanh" for "gelu_tanh", "silu"),
+    intermediate_size=h, num_local_experts=e and num_experts_per_tok=top_n. Where h numbers are no multiple of 16 bytes,
+    models need experts_implementation="eager" too, whenever they are built or loaded, as transformers' usual product
+    refuses them.
 
     What a layer does in evaluation must be what Mixtral does: every choice is asked for and none dropped, gates are
     normalised softmax scores, experts are plain `Expert`s without norm and biases. Raises ValueError that lists what is
@@ -75,7 +77,8 @@ def _problems_with(layer: MoE) -> Iterator[str]:
     elif experts.parallel is not None:
         yield "its experts must not be sharded: load distributed.full_state_dict(model) into a whole model"
     elif not are_alike(experts.experts):
-        yield "its experts must be Experts of one shape, without hooks and adapters"
+        kinds = ", ".join(sorted({type(expert).__name__ for expert in experts.experts}))
+        yield f"its experts must be Experts of one shape, without hooks and adapters, got {kinds}"
     else:
         if any(isinstance(part, RMSNorm) for part in experts.experts[0].modules()):
             yield "its experts must have prenorm=False"
@@ -99,30 +102,31 @@ def _other_half_first(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def import_mixtral(block: nn.Module) -> MoE:
-    """A layer with the weights of a ``MixtralSparseMoeBlock``, of hidden_act="gelu", that computes the same.
+    """A layer with the weights of a ``MixtralSparseMoeBlock`` that computes the same, with the same gradients.
 
     In training, Mixtral puts router_jitter_noise on what experts see, too; the layer has none. In half types its router
     computes in float32, where Mixtral's does in the type of the model.
 
-    Raises ValueError for another activation, and for one expert per token, whose gate is 1 in Mixtral.
+    Raises ValueError for an activation that `GEGLU` does not have, and for one expert per token, whose gate is 1 in
+    Mixtral.
     """
     mixtral: Any = block
     try:
         router, gate_up, down = mixtral.gate.weight, mixtral.experts.gate_up_proj, mixtral.experts.down_proj
-        activation, top_n = mixtral.experts.act_fn, mixtral.top_k
+        function, top_n = mixtral.experts.act_fn, mixtral.top_k
     except AttributeError as error:
         got = type(block).__name__
         raise ValueError(f"block must be a MixtralSparseMoeBlock of transformers 5, got a {got}: {error}") from error
-    probe = torch.linspace(-4, 4, 33)
-    if not torch.allclose(activation(probe), F.gelu(probe), rtol=1e-5, atol=1e-6):
-        raise ValueError(f'block must have hidden_act="gelu", which Experts compute, got {type(activation).__name__}')
+    if (activation := activation_of(function)) is None:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"block must have an activation that Experts have, {known}, got {type(function).__name__}")
     if top_n < 2:
         raise ValueError(f"block must have num_experts_per_tok of 2 or more, got {top_n}")
     e, dim, hidden = down.shape
     settings: dict[str, Any] = {"policy_train": "all", "policy_eval": "all", "eps": 1e-20, "top_n": top_n}
+    settings |= {"straight_through_dispatch_tensor": False}
     gate = TopNGating(dim, e, capacity_factor_train=None, capacity_factor_eval=None, **settings)
-    # half a unit more, so that rounding down gives the hidden units that there are
-    experts = [Expert(dim, (hidden + 0.5) * 1.5 / dim, mult_bias=False, bias=False) for _ in range(e)]
+    experts = [plain_expert(dim, hidden, bias=False, activation=activation) for _ in range(e)]
     layer = MoE(dim, e, experts=experts, gate=gate).to(down).train(block.training)
     layer.gate.to_gates.weight.copy_(router)
     for number, expert in enumerate(experts):

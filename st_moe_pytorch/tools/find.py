@@ -49,10 +49,8 @@ def feed_forwards(model: nn.Module, where: Where) -> list[FeedForward]:
             raise ValueError(f"where must name {wanted}, found {counts}")
         found = [_in_a_row(names, [modules[name] for name in names]) for names in zip(*columns, strict=True)]
     else:
-        found = [
-            _whole(name, modules[name])
-            for name in _outermost(name for name in modules if _is_meant(name, modules[name], where))
-        ]
+        names = _outermost(name for name in modules if _is_meant(name, modules[name], where))
+        found = [_whole(name, modules[name]) for name in names]
     for feed_forward in found:
         _refuse_parts_of_torchs_layers(feed_forward, modules)
         _refuse_sparse(feed_forward, modules, where)
@@ -105,10 +103,8 @@ def _whole(name: str, module: nn.Module) -> FeedForward:
     """A module, or what torch's own transformer layers have in place of one."""
     if not isinstance(module, TORCH_LAYERS):
         return FeedForward((name,), module)
-    modules = [
-        part if isinstance(part, nn.Module) else _Applied(part)
-        for part in (getattr(module, part) for part in TORCH_PARTS)
-    ]
+    parts = [getattr(module, part) for part in TORCH_PARTS]
+    modules = [part if isinstance(part, nn.Module) else _Applied(part) for part in parts]
     return _in_a_row([f"{name}.{part}" for part in TORCH_PARTS], modules)
 
 
@@ -123,11 +119,9 @@ def _refuse_parts_of_torchs_layers(feed_forward: FeedForward, modules: dict[str,
         parent, _, part = name.rpartition(".")
         layer = modules.get(parent)
         if isinstance(layer, TORCH_LAYERS) and len(feed_forward.names) < len(TORCH_PARTS):
-            raise ValueError(
-                f"where must match a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its "
-                f"feed-forward, got its {part}: in evaluation, torch computes with the weights of its parts and does "
-                "not call them"
-            )
+            wanted = f"a whole nn.{type(layer).__name__}, {parent!r} or its type, to swap its feed-forward"
+            why = "in evaluation, torch computes with the weights of its parts and does not call them"
+            raise ValueError(f"where must match {wanted}, got its {part}: {why}")
 
 
 def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], where: Where) -> None:
@@ -135,14 +129,11 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
     experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
     inner = list(feed_forward.module.named_modules())
     why = None
-    if any(name.startswith(experts) for name in feed_forward.names) or any(
-        isinstance(module, MoE) for _, module in inner
-    ):
+    kinds = [(name.split(".")[-1], type(module).__name__) for name, module in inner]
+    is_part = any(name.startswith(experts) for name in feed_forward.names)
+    if is_part or any(isinstance(module, MoE) for _, module in inner):
         why = "is sparse already, or part of a sparse layer"
-    elif any(
-        name.split(".")[-1] == "experts" or re.search("(?i)moe|experts", type(module).__name__)
-        for name, module in inner
-    ):
+    elif any(name == "experts" or re.search("(?i)moe|experts", kind) for name, kind in kinds):
         why = f"looks like a mixture of experts of the model's own, a {type(feed_forward.module).__name__}"
     if why is not None:
         raise ValueError(f"where must match dense feed-forwards, got {where!r}, but {feed_forward} {why}")
@@ -168,12 +159,9 @@ def _is_linear(module: nn.Module) -> bool:
 def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
     """Raise ValueError if a feed-forward is seen, without a run on data, not to map (b n dim) -> (b n dim)."""
     module = feed_forward.module
-    needed = [
-        name
-        for name, parameter in signature(module.forward).parameters.items()
-        if parameter.default is Parameter.empty
-        and parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    kinds = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
+    given = [each for each in signature(module.forward).parameters.values() if each.kind in kinds]
+    needed = [each.name for each in given if each.default is Parameter.empty]
     if len(needed) > 1:
         raise ValueError(f"where must match modules of one input, but {feed_forward} takes {', '.join(needed)}{PARTS}")
     if any(has_hooks(part) for part in module.modules()):
@@ -196,8 +184,7 @@ def refuse_misfit(feed_forward: FeedForward, dim: int) -> None:
 def nearest(model: nn.Module, where: Where, most: int = 8) -> str:
     """Names of modules, with `*` for numbers, that are most like a pattern."""
     names = dict.fromkeys(re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name) for name, _ in model.named_modules() if name)
-    wanted = (
-        where if isinstance(where, str) else " ".join(map(str, where)) if isinstance(where, tuple) else where.__name__
-    )
+    words = where if isinstance(where, tuple) else (where,)
+    wanted = " ".join(getattr(word, "__name__", str(word)) for word in words)
     close = get_close_matches(wanted, names, most, cutoff=0.0)
     return ", ".join(close) + (f" and {len(names) - len(close)} others" if len(names) > len(close) else "")

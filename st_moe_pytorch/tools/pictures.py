@@ -47,11 +47,8 @@ def plot_load(history: Mapping[int, Mapping[str, RoutingStats | Sequence[float]]
         experts = load.shape[0]
         look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "RdBu_r"}
         image = axes.imshow(load.cpu().numpy(), **look, vmin=0, vmax=2 / experts)
-        axes.set(
-            title=f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})",
-            xlabel="step",
-            ylabel="expert",
-        )
+        title = f"{layer or 'layer'}: share of the choices asked for (equal: {1 / experts:.1%})"
+        axes.set(title=title, xlabel="step", ylabel="expert")
         shown = range(0, len(steps), max(len(steps) // 8, 1))
         axes.set_xticks(list(shown), [str(steps[place]) for place in shown])
         figure.colorbar(image, ax=axes, extend="max", format=lambda share, _: f"{share:.1%}")
@@ -73,9 +70,8 @@ def plot_drops(stats: Mapping[str, RoutingStats], path: str | Path) -> None:
         shares = counted.dropped_by_position(), counted.not_asked_by_position()
         for share, label in zip(shares, ("dropped, expert full", "not asked for, by policy"), strict=True):
             axes.plot(share.where(counted.choices_at > 0, torch.nan).cpu().numpy(), label=label)
-        axes.set(
-            title=layer or "layer", xlabel="position in the sequence", ylabel="share of choices", ylim=(-0.02, 1.02)
-        )
+        labels = {"xlabel": "position in the sequence", "ylabel": "share of choices"}
+        axes.set(title=layer or "layer", **labels, ylim=(-0.02, 1.02))
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -100,9 +96,8 @@ def plot_plans(plans: Mapping[str, Plan], path: str | Path) -> None:
     names = list(plans)
     dropped = [chosen.dropped for chosen in plans.values()]
     panels[0].barh(names, dropped, label="dropped, expert full")
-    panels[0].barh(
-        names, [chosen.not_asked for chosen in plans.values()], left=dropped, label="not asked for, by policy"
-    )
+    not_asked = [chosen.not_asked for chosen in plans.values()]
+    panels[0].barh(names, not_asked, left=dropped, label="not asked for, by policy")
     panels[0].set(xlabel="share of all choices")
     panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above the bars
     panels[1].barh(names, [chosen.experts_per_token for chosen in plans.values()])
@@ -148,14 +143,11 @@ def text_page(
             raise ValueError(f"tokens must be {wanted}, got {len(tokens)}")
         spans = "".join(_span(token, routing, row, place) for place, token in enumerate(tokens))
         used = sorted(set(routing.indices[row, :, 0].tolist()))
-        legend = "".join(
-            f'<span style="background:{_color(expert, routing.num_experts)}"> expert {expert} </span>'
-            for expert in used
-        )
+        colors = {expert: _color(expert, routing.num_experts) for expert in used}
+        legend = "".join(f'<span style="background:{color}"> expert {each} </span>' for each, color in colors.items())
         legend += '<span class="none"> no expert </span>'
-        sections.append(
-            f'<section><h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p><p>{spans}</p></section>'
-        )
+        heading = f'<h2>{escape(layer or "layer")}</h2><p class="legend">{legend}</p>'
+        sections.append(f"<section>{heading}<p>{spans}</p></section>")
     return _page(title, HINT, sections)
 
 

@@ -27,9 +27,8 @@ def reroute(
     """
     if not isinstance(gate, Gate):
         if changes:
-            raise ValueError(
-                f"settings must be {{}} for a gate that cannot decide again, a {type(gate).__name__}, got {changes}"
-            )
+            wanted = f"{{}} for a gate that cannot decide again, a {type(gate).__name__}"
+            raise ValueError(f"settings must be {wanted}, got {changes}")
         return routing
     experts = routing.num_experts
     other = type(gate)(experts, experts, **settings_of(gate, changes.get("top_n", getattr(gate, "top_n", 1))) | changes)
@@ -93,11 +92,8 @@ def plan(
             mode = f"{'training' if training else 'evaluation'}: call plan(..., training={not training}) for it"
             raise ValueError(f"settings[{name!r}] must be read in this mode, but {', '.join(vain)} is not in {mode}")
     routings = list(routings)
-    held = (
-        sum(expert is not None for expert in moe.experts.experts)
-        if isinstance(moe.experts, Experts)
-        else moe.num_experts
-    )
+    here = moe.experts.experts if isinstance(moe.experts, Experts) else range(moe.num_experts)
+    held = sum(expert is not None for expert in here)
     flops = 2 * sum(parameter.numel() for parameter in moe.experts.parameters() if parameter.ndim > 1) / held
     plans = {}
     for name, changes in settings.items():

@@ -20,7 +20,7 @@ from st_moe_pytorch.checks import can_be_looked_at
 from st_moe_pytorch.gate import LISTENERS, REPLAYS, Gate, is_dense
 from st_moe_pytorch.routing import Choices, Routing
 from st_moe_pytorch.tools.compat import is_recomputing
-from st_moe_pytorch.tools.watch import gates_of
+from st_moe_pytorch.tools.watch import decider_of, gates_of
 
 
 def choices_of(records: Mapping[str, Iterable[Routing]]) -> dict[str, list[dict[str, Any]]]:
@@ -39,14 +39,12 @@ class Replay:
         self.gates = gates_of(model)
         if self.gates.keys() != records.keys():
             there, got = (", ".join(map(_told, names)) or "none" for names in (self.gates, records))
-            raise ValueError(f"records must be of {type(model).__name__}'s sparse layers {there}, got those of {got}")
+            wanted = f"the sparse layers {there} of {type(model).__name__}"
+            raise ValueError(f"records must be of {wanted}, got those of {got}")
         self.records = {name: [_as_choices(record) for record in of_layer] for name, of_layer in records.items()}
         self.deciders: dict[nn.Module, tuple[str, Gate]] = {}
         for name, (layer, gate) in self.gates.items():
-            self.deciders[gate if layer is None or is_dense(gate) else layer] = (
-                name,
-                _replayable(name, gate, self.records[name]),
-            )
+            self.deciders[decider_of(layer, gate)] = name, _replayable(name, gate, self.records[name])
         self.thread = threading.get_ident()
         self.calls: dict[str, list[_Call]] = {name: [] for name in records}
         self.counts: dict[str, list[Tensor]] = {name: [] for name in records}
@@ -170,9 +168,8 @@ def replay_routing(model: nn.Module, records: Mapping[str, Sequence[Routing | Ma
         LISTENERS.of_decisions = tuple(other for other in LISTENERS.of_decisions if other is not listen)
     for name, calls in replay.calls.items():
         if len(calls) < len(replay.records[name]):
-            warnings.warn(
-                f"of {len(replay.records[name])} records of {_told(name)}, {len(calls)} were replayed", stacklevel=3
-            )
+            records_of = f"{len(replay.records[name])} records of {_told(name)}"
+            warnings.warn(f"of {records_of}, {len(calls)} were replayed", stacklevel=3)
 
 
 def _as_choices(record: Routing | Mapping[str, Any]) -> Choices:

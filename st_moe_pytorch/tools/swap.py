@@ -22,7 +22,7 @@ from st_moe_pytorch.gate import RouterLinear
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
-from st_moe_pytorch.tools.compat import initialize_with, is_recomputing
+from st_moe_pytorch.tools.compat import initialize_with, is_checkpointed_without_gradients, is_recomputing
 from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest, refuse_misfit
 
 
@@ -50,7 +50,8 @@ def collect_aux_losses() -> Iterator[AuxLosses]:
     """Collect the auxiliary losses of all swapped-in layers that run inside, in this thread and in any model.
 
     Add ``total`` to the loss. Scale it as the loss, for instance by 1 / micro-batches when gradients accumulate. Layers
-    that run again in the backward, for activation checkpointing, are not counted again. In evaluation the total is 0.
+    that run again in the backward, for activation checkpointing, are not counted again, and those that run under
+    no_grad in a block that was opened with gradients are not counted at all. In evaluation the total is 0.
     Of nested blocks, the innermost collects. Warns if no such layer ran: layers that are built into a model return
     their losses instead.
     """
@@ -75,9 +76,9 @@ class AuxLossTrainer:
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with collect_aux_losses() as aux:
-            loss, outputs = super().compute_loss(  # pyright: ignore[reportAttributeAccessIssue] - of the Trainer
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            given = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            result = super().compute_loss(model, inputs, **given)  # pyright: ignore[reportAttributeAccessIssue]
+        loss, outputs = result if return_outputs else (result, None)
         # a loss over the items of all accumulated batches is not divided by their number again; decided as the Trainer
         # does
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
@@ -123,7 +124,8 @@ class SparseFeedForward(nn.Module):
             raise ValueError(f"{self.name}: {wanted}, got {outputs.shape[-1]}")
         if _COLLECTING.losses is not None:
             _COLLECTING.losses.has_layers = True
-        if self.training:
+        layer = self.moe if isinstance(self.moe, MoE) else self.moe.moe
+        if self.training and (layer.balance_loss_coef or layer.router_z_loss_coef):
             self._hand_over(aux_loss)
         return outputs
 
@@ -134,21 +136,16 @@ class SparseFeedForward(nn.Module):
         losses = _COLLECTING.losses
         if losses is None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_recomputing():
-                warnings.warn(
-                    "a swapped-in sparse layer is trained without its balance loss and router z-loss: run "
-                    "the model inside `with collect_aux_losses() as aux:` and add aux.total to the loss",
-                    stacklevel=3,
-                )
-            return
-        if is_recomputing():
+                how = "run the model inside `with collect_aux_losses() as aux:` and add aux.total to the loss"
+                lost = "a swapped-in sparse layer is trained without its balance loss and router z-loss"
+                warnings.warn(f"{lost}: {how}", stacklevel=3)
             return
         if losses.total.requires_grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "the auxiliary loss of a sparse layer has no gradient, because the "
-                "layer runs without gradients in a training step; if this is activation "
-                "checkpointing, choose the kind that keeps them: use_reentrant=False"
-            )
-        losses.total = losses.total.to(aux_loss.device) + aux_loss
+            if is_checkpointed_without_gradients():
+                why = "activation checkpointing of this kind runs it without gradients: choose use_reentrant=False"
+                raise RuntimeError(f"the auxiliary loss of {self.name} has no gradient, since {why}")
+        elif not is_recomputing():  # nor what is only looked at, as a reference model
+            losses.total = losses.total.to(aux_loss.device) + aux_loss
 
 
 @contextmanager

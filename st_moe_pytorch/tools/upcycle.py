@@ -1,15 +1,71 @@
 """Between dense and sparse: experts copied from a trained feed-forward (Komatsuzaki et al. 2022) or averaged to one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from st_moe_pytorch.experts import Experts
-from st_moe_pytorch.layers import dense_copies
+from st_moe_pytorch.layers import ACTIVATIONS, Expert, dense_copies
 
-__all__ = ["average_experts", "dense_copies"]
+__all__ = ["as_expert", "average_experts", "dense_copies"]
+
+# names of what makes the gate and what is gated, in one layer or two, and of the last layer
+GATED = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+
+
+def as_expert(ffn: nn.Module) -> Expert:
+    """An `Expert` with the weights of a gated feed-forward of transformers, which computes the same.
+
+    `Expert`s share their products on accelerators and in compiled code, and can be exported as Mixtral's. Copies of
+    ``ffn`` itself are called one by one, and run on slots in compiled code.
+
+    ffn: a module of three linear layers named as those of Llama, Mistral, Qwen and Gemma (gate_proj, up_proj,
+        down_proj) or T5 1.1 (wi_0, wi_1, wo), or of two as those of Phi-3 and GLM-4 (gate_up_proj, down_proj), with an
+        activation that `GEGLU` has. It stays as it is.
+
+    Raises ValueError for other modules, and if its outputs are not those of the expert.
+    """
+    own: dict[str, Any] = dict(ffn.named_children())
+    names = next((names for names in GATED if all(type(own.get(name)) is nn.Linear for name in names)), None)
+    others = [part for name, part in own.items() if names and name not in names]
+    dropouts = [part for part in others if isinstance(part, nn.Dropout)]
+    functions = [part for part in others if part not in dropouts]
+    activation = activation_of(functions[0]) if len(functions) == 1 else None
+    if names is None or activation is None:
+        wanted = "nn.Linears " + " or ".join(", ".join(names) for names in GATED)
+        raise ValueError(f"ffn must have {wanted} and one of {', '.join(ACTIVATIONS)}, got {type(ffn).__name__}: {ffn}")
+    *ups, down = layers = [own[name] for name in names]
+    if len({layer.bias is None for layer in layers}) > 1:
+        raise ValueError(f"ffn must have biases on all of {', '.join(names)} or on none, got {ffn}")
+    p, biases = dropouts[0].p if dropouts else 0.0, down.bias is not None
+    expert: Any = plain_expert(down.out_features, down.in_features, dropout=p, bias=biases, activation=activation)
+    expert.to(down.weight).requires_grad_(down.weight.requires_grad).train(ffn.training)
+    with torch.no_grad():
+        for name in ("weight", "bias")[: 1 + biases]:
+            gate, up = torch.cat([getattr(layer, name) for layer in ups]).chunk(2)
+            getattr(expert.net[0], name).copy_(torch.cat((up, gate)))
+            getattr(expert.net[-1], name).copy_(getattr(down, name))
+        x = torch.randn(4, down.out_features, generator=torch.Generator().manual_seed(0)).to(down.weight)
+        found, wanted = (deepcopy(module).eval()(x) for module in (expert, ffn))
+    if not x.is_meta and (found - wanted).norm() > 3 * torch.finfo(x.dtype).eps ** 0.5 * wanted.norm():
+        raise ValueError(f"ffn must compute down(activation(gate) * up), got other outputs from {ffn}")
+    return expert
+
+
+def plain_expert(dim: int, hidden: int, **arguments: Any) -> Expert:
+    """An `Expert` of so many hidden units, without a multiplicative bias."""
+    # half a unit more, so that rounding down gives as many
+    return Expert(dim, (hidden + 0.5) * 1.5 / dim, mult_bias=False, **arguments)
+
+
+def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of `ACTIVATIONS` a function is, if any, by its values."""
+    probe = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    alike = (name for name, (own, *_) in ACTIVATIONS.items() if torch.allclose(function(probe), own(probe), rtol=1e-6))
+    return next(alike, None)
 
 
 def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> nn.Module:
@@ -23,10 +79,8 @@ def average_experts(experts: Sequence[nn.Module] | nn.ModuleList | Experts) -> n
     if isinstance(experts, Experts):
         experts = experts.experts
     if isinstance(experts, nn.ModuleList) and len(list(experts.children())) < len(experts):
-        raise ValueError(
-            "experts must all be on this rank to be averaged: load "
-            "st_moe_pytorch.distributed.full_state_dict(model) into an unsharded model and average its experts"
-        )
+        how = "load st_moe_pytorch.distributed.full_state_dict(model) into an unsharded model and average its experts"
+        raise ValueError(f"experts must all be on this rank to be averaged: {how}")
     states = [expert.state_dict() for expert in experts]
     if not states:
         raise ValueError("experts must hold at least one module to average, got none")

@@ -36,17 +36,13 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     if not gates:
         warnings.warn(f"nothing is recorded of {type(model).__name__}, which has no sparse layers", stacklevel=3)
     records: dict[str, list[Routing]] = {name: [] for name in gates}
-    deciders = {
-        layer if layer is not None and not is_dense(gate) else gate: records[name]
-        for name, (layer, gate) in gates.items()
-    }
+    deciders = {decider_of(*deciding): records[name] for name, deciding in gates.items()}
 
     def listen(decider: nn.Module, routing: Routing) -> None:
         for module, record in deciders.items():
             if module is decider and not is_recomputing():
-                detached = {
-                    name: field.detach() for name, field in routing._asdict().items() if isinstance(field, Tensor)
-                }
+                tensors = {name: field for name, field in routing._asdict().items() if isinstance(field, Tensor)}
+                detached = {name: field.detach() for name, field in tensors.items()}
                 record.append(routing._replace(**detached))
 
     LISTENERS.of_decisions += (listen,)
@@ -55,9 +51,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     finally:
         LISTENERS.of_decisions = tuple(other for other in LISTENERS.of_decisions if other is not listen)
     if silent := [name or "the layer" for name, (_, gate) in gates.items() if is_dense(gate) and not records[name]]:
-        warnings.warn(
-            f"nothing was recorded of {', '.join(silent)}: the gate decides by dense tensors of its own", stacklevel=3
-        )
+        why = "the gate decides by dense tensors of its own"
+        warnings.warn(f"nothing was recorded of {', '.join(silent)}: {why}", stacklevel=3)
 
 
 def gates_of(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
@@ -69,6 +64,11 @@ def gates_of(model: nn.Module) -> dict[str, tuple[MoE | None, nn.Module]]:
         elif isinstance(module, Gate) and all(module is not gate for _, gate in gates.values()):
             gates[name[:-4].removesuffix(".") if name.split(".")[-1] == "gate" else name] = None, module
     return gates
+
+
+def decider_of(layer: MoE | None, gate: nn.Module) -> nn.Module:
+    """Who tells what a gate of `gates_of` decides: its layer, if it has one that goes by the gate's route."""
+    return gate if layer is None or is_dense(gate) else layer
 
 
 @dataclass(frozen=True, eq=False)

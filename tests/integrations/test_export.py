@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from st_moe_pytorch import Expert, MoE, SparseMoEBlock, TopNGating
 from st_moe_pytorch.layers import GEGLU
 from st_moe_pytorch.tools.export import export_mixtral, import_mixtral
-from st_moe_pytorch.tools.swap import SparseFeedForward
+from st_moe_pytorch.tools.swap import SparseFeedForward, sparsify
+from st_moe_pytorch.tools.upcycle import as_expert
 
 DIM, EXPERTS = 16, 5
 
@@ -82,9 +83,50 @@ def test_a_layer_comes_back_with_its_outputs():
     torch.testing.assert_close(again(x).outputs, moe(x).outputs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
+def test_a_block_is_imported_with_its_activation_and_its_gradients(activation):
+    block = MixtralSparseMoeBlock(config(hidden_act=activation)).double().train()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    moe = import_mixtral(block)
+    x, y = (torch.randn(2, 9, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    x.requires_grad_(), y.requires_grad_()
+    cotangent = torch.randn_like(x)
+    (block(x) * cotangent).sum().backward()
+    outputs = moe(y).outputs
+    (outputs * cotangent).sum().backward()
+    torch.testing.assert_close(outputs, block(x), rtol=1e-5, atol=1e-5)  # its router computes in float32
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moe.gate.to_gates.weight.grad, block.gate.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_n", [2, 3])
+def test_a_dense_mistral_becomes_a_mixtral(top_n):
+    sizes = {"hidden_size": DIM, "intermediate_size": 24, "vocab_size": 40, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    sizes |= {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rms_norm_eps": 1e-6, "sliding_window": 8}
+    torch.manual_seed(0)
+    model, ids = MistralForCausalLM(MistralConfig(**sizes)).eval(), torch.randint(1, 40, (2, 12))
+    dense = model(ids).logits
+    sparsify(
+        model,
+        "model.layers.*.mlp",
+        lambda ffn: MoE.from_dense(as_expert(ffn), DIM, 4, gating_top_n=top_n, noise=0.2),
+    )
+    expected = model(ids).logits
+    assert (expected - dense).abs().max() > 0.01  # the noise, so that experts differ
+    settings = {"num_local_experts": 4, "num_experts_per_tok": top_n, "experts_implementation": "eager"}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, **settings)).eval()
+    mixtral.load_state_dict(export_mixtral(model), strict=True)
+    torch.testing.assert_close(mixtral(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize(("hidden", "products"), [(42, "eager"), (40, "grouped_mm")])
-def test_a_whole_model_there_and_back(hidden, products, tmp_path):
-    sizes = config(intermediate_size=hidden, experts_implementation=products, initializer_range=0.3)
+def test_a_whole_model_there_and_back(hidden, products, activation, tmp_path):
+    sizes = config(
+        intermediate_size=hidden, experts_implementation=products, initializer_range=0.3, hidden_act=activation
+    )
     torch.manual_seed(0)
     ids = torch.randint(1, 40, (2, 12))
     original = MixtralForCausalLM(sizes).eval()
@@ -185,10 +227,9 @@ def test_layers_that_were_changed_are_refused():
 
 
 def test_blocks_that_are_none_of_ours_are_refused():
-    with pytest.raises(ValueError, match='block must have hidden_act="gelu", which Experts compute, got SiLU'):
-        import_mixtral(MixtralSparseMoeBlock(config(hidden_act="silu")))
-    with pytest.raises(ValueError, match='block must have hidden_act="gelu"'):
-        import_mixtral(MixtralSparseMoeBlock(config(hidden_act="gelu_new")))
+    for activation in ("relu", "quick_gelu"):
+        with pytest.raises(ValueError, match=r"block must have an activation that Experts have, gelu, .*, got "):
+            import_mixtral(MixtralSparseMoeBlock(config(hidden_act=activation)))
     with pytest.raises(ValueError, match="block must have num_experts_per_tok of 2 or more, got 1"):
         import_mixtral(MixtralSparseMoeBlock(config(num_experts_per_tok=1)))
     with pytest.raises(ValueError, match=r"block must be a MixtralSparseMoeBlock of transformers 5, got a Linear: .*"):
