@@ -316,11 +316,22 @@ def test_what_cannot_be_balanced_is_refused():
 def test_a_bias_is_float32_again_after_a_cast():
     model, x = Model().bfloat16(), torch.randn(2, 16, 8, dtype=torch.bfloat16)
     balance, gates = LossFreeBalance(model), [module for module in model.modules() if isinstance(module, TopNGating)]
-    assert {gate.bias.dtype for gate in gates} == {torch.bfloat16}
-    for _ in range(2):
+    assert {gate.bias.dtype for gate in gates} == {torch.float32}
+    for rule in ("quantile", "sign"):
+        balance.rule = rule
         with balance:
             model(x)
+        model.bfloat16()
         balance.step()
-    assert {gate.bias.dtype for gate in gates} == {torch.float32}
-    assert all(gate.bias.any() and "bias" in dict(gate.named_buffers()) for gate in gates)
+        assert {gate.bias.dtype for gate in gates} == {torch.float32}
+    other = Model().bfloat16()
+    LossFreeBalance(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.blocks[0].moe.gate.bias, gates[0].bias)
     assert not any(torch.equal(gate.bias, gate.bias.bfloat16().float()) for gate in gates)
+    with torch.inference_mode():
+        model.bfloat16()
+        balance.__enter__()
+        balance.__exit__(None, None, None)
+    assert not any(gate.bias.is_inference() for gate in gates)
+    assert all(gate.bias.any() and "bias" in dict(gate.named_buffers()) for gate in gates)

@@ -31,22 +31,6 @@ def test_recomputation_is_told_from_a_forward(use_reentrant):
     assert seen == [False, True]
 
 
-def test_checkpointing_that_turns_gradients_off_is_seen():
-    seen = []
-
-    def forward(x):
-        seen.append(tools.compat.is_checkpointed_without_gradients())
-        return x.sin()
-
-    x = torch.ones(1, requires_grad=True)
-    with torch.no_grad():
-        forward(x)
-    checkpoint(forward, x, use_reentrant=False)
-    torch.compile(forward, backend="eager", fullgraph=True)(x)
-    checkpoint(forward, x, use_reentrant=True)
-    assert seen == [False, False, False, True]
-
-
 def test_the_end_of_a_recomputation_is_told_from_other_errors():
     seen = []
 

@@ -305,6 +305,18 @@ def test_geglu_keeps_its_input_only_and_has_all_derivatives(mult_bias, activatio
     assert sum(t.numel() for t in kept) == z.numel() + (3 if mult_bias else 0)
 
 
+class Viewing(nn.Module):
+    """As Conv1D of transformers, which GPT-2 has."""
+
+    def forward(self, x):
+        return x.view(-1, x.shape[-1]).sin().view(x.shape)
+
+
+def test_experts_on_slots_get_tokens_in_one_piece():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(Experts([Viewing() for _ in range(3)])(x), x.sin())
+
+
 def test_rows_without_tokens_of_the_others_are_by_name_too():
     experts = Experts([nn.Identity(), nn.Identity()])
     x, offsets = rows_to(2, 1)

@@ -200,12 +200,39 @@ def test_layers_that_run_again_after_the_block_warn_of_nothing():
 
 def test_checkpointing_that_loses_the_gradient_is_refused():
     model, x = sparse(checkpointed=True), X.clone().requires_grad_()
-    with collect_aux_losses(), pytest.raises(RuntimeError, match="use_reentrant=False"):
-        model(x)
+    with collect_aux_losses() as aux:
+        loss = model(x).sum() + aux.total
+    with pytest.raises(RuntimeError, match=r"loss of layers.2.mlp has no gradient, .* use_reentrant=False; run a ref"):
+        loss.backward()
     model.checkpointed = None
     with torch.no_grad(), collect_aux_losses() as aux:  # a loss that is only looked at
         model(x)
     assert aux.total.item() > 0.5
+
+
+@pytest.mark.compile
+def test_checkpointing_that_loses_the_gradient_of_compiled_layers_is_refused():
+    torch._dynamo.reset()
+    model, x = sparse(checkpointed=True), X.clone().requires_grad_()
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    with collect_aux_losses(), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(x)
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["reference first", "reference last"])
+def test_a_model_that_is_its_own_reference_may_be_checkpointed(order):
+    model = sparse(checkpointed=False)
+    with collect_aux_losses(), torch.no_grad():  # of another step
+        model(X)
+    with collect_aux_losses() as aux:
+        found = {}
+        for is_reference in order:
+            with torch.set_grad_enabled(not is_reference):
+                found[is_reference] = model(X)
+    outputs = found[False]
+    expected, total = by_hand(model, X)
+    assert_equal_gradients(model, (outputs * COTANGENT).sum() + aux.total, (expected * COTANGENT).sum() + total)
 
 
 def test_a_model_that_is_only_looked_at_counts_nothing():
@@ -405,8 +432,13 @@ def test_layers_that_run_again_without_their_mask_are_refused():
 def test_what_is_no_mask_or_has_no_layers_is_refused():
     with pytest.raises(ValueError, match="model must have layers that sparsify has swapped in, got a Model without"):
         padded(Model(), MASK).__enter__()
-    with pytest.raises(ValueError, match=r"mask must be bool or whole numbers, 1 for real tokens, got torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"mask must be a tensor of bools or whole numbers, 1 for real tokens, got torch\.float32"
+    ):
         padded(sparse(), MASK.float()).__enter__()
+    for mask, got in ((None, "NoneType"), (MASK.tolist(), "list"), (MASK.to(torch.complex64), r"torch\.complex64")):
+        with pytest.raises(ValueError, match=f"mask must be a tensor of bools or whole numbers, .*, got {got}"):
+            padded(sparse(), mask).__enter__()
 
 
 @pytest.mark.compile

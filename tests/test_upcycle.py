@@ -168,13 +168,34 @@ def test_an_expert_computes_what_a_gated_feed_forward_does(names, act, bias):
 
 
 def test_an_expert_is_in_the_state_of_its_feed_forward():
+    with torch.device("meta"):
+        assert {p.device.type for p in as_expert(Gated(LLAMA)).parameters()} == {"meta"}
+    ffn = Gated(LLAMA)
+    ffn.down_proj.requires_grad_(False)
+    assert [p.requires_grad for p in as_expert(ffn).parameters()] == [True, False]
     ffn = Gated(T5, dropout=0.3).requires_grad_(False).bfloat16()
+    ffn.wo.float()  # as transformers has it in T5 in half types
     for training in (True, False):
         expert = as_expert(ffn.train(training))
         assert (expert.training, expert.net.dropout.p, expert.net.dropout.training) == (training, 0.3, training)
         assert {(p.dtype, p.requires_grad) for p in expert.parameters()} == {(torch.bfloat16, False)}
     assert "dropout" not in dict(as_expert(Gated(LLAMA)).net.named_children())
     assert {p.device.type for p in as_expert(Gated(LLAMA).to("meta")).parameters()} == {"meta"}
+
+
+def hooked(ffn):
+    ffn.down_proj.register_forward_hook(lambda *_: None)
+    return ffn
+
+
+def broken(ffn):
+    nn.init.constant_(ffn.up_proj.weight, torch.nan)
+    return ffn
+
+
+class Louder(Gated):
+    def forward(self, x):
+        return super().forward(x) * 1.1
 
 
 class Swapped(Gated):
@@ -197,15 +218,21 @@ def adapted(ffn):
     [
         (
             lambda: nn.Linear(6, 6),
-            "ffn must have nn.Linears gate_proj, up_proj, down_proj or .* gelu_tanh, silu, got Line",
+            "ffn must have nn.Linears gate_proj, up_proj, down_proj or .* gelu_tanh, silu, without hooks, got L",
         ),
-        (lambda: Gated(LLAMA, nn.ReLU()), "ffn must have nn.Linears .* and one of gelu, gelu_tanh, silu, got Gated"),
-        (lambda: adapted(Gated(LLAMA)), "ffn must have nn.Linears .*, got Gated"),
         (
-            lambda: partly(Gated(LLAMA, bias=True)),
-            "ffn must have biases on all of gate_proj, up_proj, down_proj or on none",
+            lambda: Gated(LLAMA, nn.ReLU()),
+            "ffn must have nn.Linears .* and one of gelu, gelu_tanh, silu, .*, got Gated",
         ),
-        (lambda: Swapped(LLAMA), r"ffn must compute down\(activation\(gate\) \* up\), got other outputs from Swapped"),
+        (lambda: adapted(Gated(LLAMA)), "ffn must have nn.Linears .*, got Gated"),
+        (lambda: hooked(Gated(LLAMA)), "without hooks, got Gated"),
+        (lambda: Louder(LLAMA).bfloat16(), "got other outputs from Louder"),
+        (lambda: broken(Gated(LLAMA)), "got other outputs from Gated"),
+        (lambda: partly(Gated(LLAMA, bias=True)), "with biases on all layers or on none, got other outputs from Gated"),
+        (
+            lambda: Swapped(LLAMA),
+            r"ffn must compute down\(activation\(gate\) \* up\), .*, got other outputs from Swapped",
+        ),
         (lambda: Swapped(LLAMA).bfloat16(), "got other outputs from Swapped"),
     ],
 )

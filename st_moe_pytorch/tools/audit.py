@@ -15,11 +15,7 @@ class Dependence(NamedTuple):
     on_padding: Tensor
 
     def __str__(self) -> str:
-        words = {
-            "later tokens": self.on_later_tokens,
-            "other rows of the batch": self.on_other_rows,
-            "padding": self.on_padding,
-        }
+        words = dict(zip(("later tokens", "other rows of the batch", "padding"), self, strict=True))
         lines = []
         for what, moved in words.items():
             places = [tuple(place) for place in moved.nonzero().tolist()]
@@ -75,8 +71,7 @@ def audit_dependence(
             moved |= ~(difference <= tolerance * usual[real].abs().max())
         return moved & ~changed & real
 
-    position = torch.arange(n, device=x.device)
-    row = torch.arange(b, device=x.device)
+    position, row = (torch.arange(size, device=x.device) for size in (n, b))
     later, rows = torch.zeros_like(real), torch.zeros_like(real)
     for token in range(1, n):
         later |= moved_by((position >= token).expand(b, n))

@@ -94,6 +94,8 @@ class LossFreeBalance:
         the gates. Raises RuntimeError, on all ranks, if no gate on any of them has decided anything.
         """
         all_seen = list(self._seen.values())
+        for seen in all_seen:
+            seen.prepare()
         if not self._total(all_seen[0].loads.new_tensor(sum(seen.decisions for seen in all_seen))):
             raise RuntimeError("step must follow a forward of the model in training mode, inside `with balance:`")
         all_loads = {}
@@ -168,7 +170,9 @@ class Seen:
         self.loads = torch.zeros(gate.num_gates, dtype=torch.int64)
         self.key = next(KEYS)
         SEEN[self.key] = self
+        self.prepare()
 
+    @torch.inference_mode(False)
     def prepare(self) -> None:
         """Count on the gate's device. Compiled code goes on with the same tensor.
 

@@ -1,6 +1,5 @@
 """Names of torch and others that are not public, each in one function. A test of each fails when it changes."""
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -12,17 +11,6 @@ from torch.utils import _pytree
 def is_recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as activation checkpointing does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_checkpointed_without_gradients() -> bool:
-    """Whether this forward runs in an autograd function for activation checkpointing, torch's or one after its pattern.
-
-    Gradients are off then, though it is run again in the backward.
-    """
-    frame = None if torch.compiler.is_compiling() else sys._getframe()
-    while frame is not None and not frame.f_code.co_qualname.endswith("CheckpointFunction.forward"):
-        frame = frame.f_back
-    return frame is not None
 
 
 def initialize_with(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

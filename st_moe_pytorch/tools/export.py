@@ -36,7 +36,7 @@ def export_mixtral(model: nn.Module) -> dict[str, Tensor]:
     otherwise.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {name: module for name, module in modules.items() if isinstance(module, MoE)}
+    layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, MoE)}
     if not layers:
         raise ValueError(f"model must contain MoE layers, got a {type(model).__name__} without any")
     state = model.state_dict()
@@ -51,6 +51,9 @@ def export_mixtral(model: nn.Module) -> dict[str, Tensor]:
         place = prefix.removesuffix("moe.") if isinstance(outer, SparseFeedForward) else prefix
         state = {key: value for key, value in state.items() if not key.startswith(prefix)}
         state |= {f"{place}{key}": value for key, value in _weights_of(layer).items()}
+    activations = {layer.experts.experts[0].net[1].activation for layer in layers.values()}
+    if len(activations) > 1:
+        raise ValueError(f"model must have one activation in all layers, got {', '.join(sorted(activations))}")
     return state
 
 
@@ -77,8 +80,7 @@ def _problems_with(layer: MoE) -> Iterator[str]:
     elif experts.parallel is not None:
         yield "its experts must not be sharded: load distributed.full_state_dict(model) into a whole model"
     elif not are_alike(experts.experts):
-        kinds = ", ".join(sorted({type(expert).__name__ for expert in experts.experts}))
-        yield f"its experts must be Experts of one shape, without hooks and adapters, got {kinds}"
+        yield "its experts must be Experts of one shape and activation, without hooks and adapters"
     else:
         if any(isinstance(part, RMSNorm) for part in experts.experts[0].modules()):
             yield "its experts must have prenorm=False"

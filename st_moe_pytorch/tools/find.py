@@ -127,11 +127,10 @@ def _refuse_parts_of_torchs_layers(feed_forward: FeedForward, modules: dict[str,
 def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], where: Where) -> None:
     """Layers of this library that are there already, and what looks like a mixture of experts of another make."""
     experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
-    inner = list(feed_forward.module.named_modules())
     why = None
-    kinds = [(name.split(".")[-1], type(module).__name__) for name, module in inner]
+    kinds = [(name.split(".")[-1], type(module).__name__) for name, module in feed_forward.module.named_modules()]
     is_part = any(name.startswith(experts) for name in feed_forward.names)
-    if is_part or any(isinstance(module, MoE) for _, module in inner):
+    if is_part or any(isinstance(module, MoE) for module in feed_forward.module.modules()):
         why = "is sparse already, or part of a sparse layer"
     elif any(name == "experts" or re.search("(?i)moe|experts", kind) for name, kind in kinds):
         why = f"looks like a mixture of experts of the model's own, a {type(feed_forward.module).__name__}"
@@ -142,10 +141,9 @@ def _refuse_sparse(feed_forward: FeedForward, modules: dict[str, nn.Module], whe
 def _refuse_linear(feed_forward: FeedForward) -> None:
     """Parts without the activation between them, which would act on the results of the sparse layer instead."""
     if len(feed_forward.names) > 1 and all(map(_is_linear, feed_forward.module.children())):
-        raise ValueError(
-            f"where must name the activation too, got linear layers only, {feed_forward}: name it between them, as in "
-            "('**.fc1', '**.activation_fn', '**.fc2'); if it is no module, swap the module that holds them all"
-        )
+        how = "name it between them, as in ('**.fc1', '**.activation_fn', '**.fc2')"
+        how += "; if it is no module, swap the module that holds them all"
+        raise ValueError(f"where must name the activation too, got linear layers only, {feed_forward}: {how}")
 
 
 def _is_linear(module: nn.Module) -> bool:

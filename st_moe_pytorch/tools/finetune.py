@@ -40,7 +40,8 @@ def parameter_subset(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
     elif subset == "moe":
         chosen = sparse
     else:
-        found = _attentions(model) if subset == "attention" else _feed_forwards(model)
+        attentions = (module for module in model.modules() if _is_named(module, r"Attention\d*"))
+        found = attentions if subset == "attention" else _feed_forwards(model)
         chosen = _parameters_of(part for part in found if not any(isinstance(inner, MoE) for inner in part.modules()))
     if subset not in ("all", "moe"):
         chosen = chosen - sparse
@@ -56,10 +57,6 @@ def parameter_subset(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
 
 def _parameters_of(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
     return {parameter for module in modules for parameter in module.parameters()}
-
-
-def _attentions(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if _is_named(module, r"Attention\d*"))
 
 
 def _feed_forwards(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,7 +82,10 @@ def set_expert_dropout(model: nn.Module, p: float) -> None:
     """
     if not 0 <= p < 1:
         raise ValueError(f"p must lie in [0, 1), got {p}")
-    experts = list(_experts_of(model))
+    layers = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    # those that are on this rank
+    parts = [layer.experts.children() if isinstance(layer, Experts) else [layer] for layer in layers]
+    experts = [expert for part in parts for expert in part]
     if not experts:
         raise ValueError(f"model must contain MoE layers, got a {type(model).__name__} without any")
     for expert in experts:
@@ -97,13 +97,6 @@ def set_expert_dropout(model: nn.Module, p: float) -> None:
         else:
             for dropout in _dropouts_of(expert):
                 dropout.p = p
-
-
-def _experts_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The experts that are on this rank."""
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            yield from layer.experts.experts.children() if isinstance(layer.experts, Experts) else [layer.experts]
 
 
 def _dropouts_of(expert: nn.Module) -> list[nn.Dropout]:

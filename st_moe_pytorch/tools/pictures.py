@@ -113,16 +113,13 @@ STYLE = """
 body { font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; padding: 0 2em; max-width: 60em;
   color: #222; background: #fff }
 h1, h2, .hint { font: 15px/1.5 sans-serif } h1 { font-size: 22px } h2 { font-weight: bold }
-.legend span { margin-right: .6em; display: inline-block }
+.legend span { margin-right: .6em; display: inline-block } .none { outline: 1px dashed #c00; background: none }
 span { padding: .15em 0; border-radius: .2em; white-space: pre-wrap }
 td, th { padding: .1em .8em; text-align: left; vertical-align: top; font-weight: normal }
-.none { outline: 1px dashed #c00; background: none }
 """
 
-HINT = (
-    "Each token has the colour of the expert that it chose first; a dashed outline means that no expert saw it. "
-    "Point at a token to read all its choices, their gates and what became of them."
-)
+HINT = """Each token has the colour of the expert that it chose first; a dashed outline means that no expert saw it.
+Point at a token to read all its choices, their gates and what became of them."""
 
 
 def text_page(

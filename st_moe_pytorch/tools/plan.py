@@ -106,10 +106,7 @@ def plan(
         slots = sum(routing.groups[0] * routing.num_experts * routing.capacity for routing in routed) / tokens
         plans[name] = Plan(
             experts_per_token=rows,
-            dropped=scalars["dropped"],
-            not_asked=scalars["not_asked"],
-            tokens_without_expert=scalars["tokens_without_expert"],
-            largest_load=scalars["largest_load"],
+            **{name: scalars[name] for name in Plan._fields if name in scalars},
             balance_loss=sum(float(routing.balance_loss) for routing in routed) / len(routed),
             router_z_loss=sum(float(routing.router_z_loss) for routing in routed) / len(routed),
             flops_per_token=flops * rows,

@@ -7,6 +7,7 @@ with collect_aux_losses() as aux:
 (loss + aux.total).backward()
 """
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,19 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from st_moe_pytorch.checks import check_counts
+from st_moe_pytorch.compat import eager
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.gate import RouterLinear
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
-from st_moe_pytorch.tools.compat import initialize_with, is_checkpointed_without_gradients, is_recomputing
+from st_moe_pytorch.tools.compat import initialize_with, is_recomputing
 from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest, refuse_misfit
+
+NUMBERS = itertools.count()
 
 
 class AuxLosses:
     """What `collect_aux_losses` collects: ``total``, the 0-d sum of total_aux_loss over every call of every layer."""
 
     def __init__(self) -> None:
+        self.number = next(NUMBERS)
         # a leaf that requires grad if layers' losses do, so that compiled code sees the same kind of tensor in every
         # layer
         self.total: Tensor = torch.zeros((), requires_grad=torch.is_grad_enabled())
@@ -99,6 +104,7 @@ class SparseFeedForward(nn.Module):
         self.name = name or type(self).__name__
         self.mask: Tensor | None = None
         self.has_mask = False  # in the last forward
+        self.ran_in = self.counted_in = -1  # numbers of blocks
         self.dim: int = moe.dim if isinstance(moe, MoE) else moe.moe.dim
 
     def forward(self, x: Tensor, *others: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
@@ -117,7 +123,8 @@ class SparseFeedForward(nn.Module):
         mask = self.mask if mask is None else mask
         if is_recomputing() and self.has_mask and mask is None:
             raise RuntimeError(f"{self.name} runs again in the backward without its mask: run both in `padded`")
-        self.has_mask = mask is not None
+        if self.has_mask != (mask is not None):
+            self.has_mask = mask is not None
         outputs, aux_loss, _, _ = self.moe(x, **given_only(mask=mask))
         if outputs.shape != x.shape:
             wanted = f"experts must keep the width of a feed-forward, {self.dim}"
@@ -133,19 +140,28 @@ class SparseFeedForward(nn.Module):
         return f"in place of {self.name}"
 
     def _hand_over(self, aux_loss: Tensor) -> None:
-        losses = _COLLECTING.losses
-        if losses is None:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_recomputing():
+        losses, is_compiling = _COLLECTING.losses, torch.compiler.is_compiling()
+        if is_recomputing():
+            if self.ran_in != self.counted_in:
+                self._refuse_lost()
+        elif losses is None:
+            if torch.is_grad_enabled() and not is_compiling:
                 how = "run the model inside `with collect_aux_losses() as aux:` and add aux.total to the loss"
                 lost = "a swapped-in sparse layer is trained without its balance loss and router z-loss"
                 warnings.warn(f"{lost}: {how}", stacklevel=3)
-            return
-        if losses.total.requires_grad and not torch.is_grad_enabled():
-            if is_checkpointed_without_gradients():
-                why = "activation checkpointing of this kind runs it without gradients: choose use_reentrant=False"
-                raise RuntimeError(f"the auxiliary loss of {self.name} has no gradient, since {why}")
-        elif not is_recomputing():  # nor what is only looked at, as a reference model
+        elif losses.total.requires_grad and not torch.is_grad_enabled():  # a reference model, or lost by checkpointing
+            if is_compiling:
+                eager(self._refuse_lost, "an auxiliary loss has no gradient")()
+            self.ran_in = losses.number
+        else:
+            if not is_compiling:
+                self.ran_in = self.counted_in = losses.number
             losses.total = losses.total.to(aux_loss.device) + aux_loss
+
+    def _refuse_lost(self) -> None:
+        why = f"the auxiliary loss of {self.name} has no gradient, because it ran without gradients in a training step"
+        how = "if by activation checkpointing, choose the kind that keeps them, use_reentrant=False"
+        raise RuntimeError(f"{why}: {how}; run a reference model in evaluation, or outside of the block")
 
 
 @contextmanager
@@ -155,7 +171,7 @@ def padded(model: nn.Module, mask: Tensor) -> Iterator[None]:
         with padded(model, batch["attention_mask"]), collect_aux_losses() as aux:
             (model(**batch).loss + aux.total).backward()
 
-    Padding then takes no expert's place, counts in no loss, and gets output 0 from the layers.
+    Padding then takes no expert's place, counts in no loss, and gets output 0 from `MoE` layers.
 
     mask: (b n), True or 1 for real tokens, of the shape that all swapped-in layers of the model get theirs in. Where
         encoder and decoder differ, open a block for each of them.
@@ -166,8 +182,9 @@ def padded(model: nn.Module, mask: Tensor) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
     if not layers:
         raise ValueError(f"model must have layers that sparsify has swapped in, got a {type(model).__name__} without")
-    if mask.is_floating_point():
-        raise ValueError(f"mask must be bool or whole numbers, 1 for real tokens, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a tensor of bools or whole numbers, 1 for real tokens, got {got}")
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask.to(next(layer.parameters()).device, torch.bool)

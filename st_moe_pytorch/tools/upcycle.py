@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from st_moe_pytorch.compat import has_hooks
 from st_moe_pytorch.experts import Experts
 from st_moe_pytorch.layers import ACTIVATIONS, Expert, dense_copies
 
@@ -29,29 +30,31 @@ def as_expert(ffn: nn.Module) -> Expert:
     Raises ValueError for other modules, and if its outputs are not those of the expert.
     """
     own: dict[str, Any] = dict(ffn.named_children())
-    names = next((names for names in GATED if all(type(own.get(name)) is nn.Linear for name in names)), None)
-    others = [part for name, part in own.items() if names and name not in names]
-    dropouts = [part for part in others if isinstance(part, nn.Dropout)]
-    functions = [part for part in others if part not in dropouts]
-    activation = activation_of(functions[0]) if len(functions) == 1 else None
-    if names is None or activation is None:
-        wanted = "nn.Linears " + " or ".join(", ".join(names) for names in GATED)
-        raise ValueError(f"ffn must have {wanted} and one of {', '.join(ACTIVATIONS)}, got {type(ffn).__name__}: {ffn}")
-    *ups, down = layers = [own[name] for name in names]
-    if len({layer.bias is None for layer in layers}) > 1:
-        raise ValueError(f"ffn must have biases on all of {', '.join(names)} or on none, got {ffn}")
-    p, biases = dropouts[0].p if dropouts else 0.0, down.bias is not None
+    names = next((names for names in GATED if all(type(own.get(name)) is nn.Linear for name in names)), ())
+    others = [part for name, part in own.items() if name not in names and not list(part.parameters())]
+    activation = next(filter(None, map(activation_of, others)), None)
+    if not names or activation is None or any(map(has_hooks, ffn.modules())):
+        layers = " or ".join(", ".join(names) for names in GATED)
+        wanted = f"nn.Linears {layers} and one of {', '.join(ACTIVATIONS)}, without hooks"
+        raise ValueError(f"ffn must have {wanted}, got {type(ffn).__name__}: {ffn}")
+    *ups, down = (own[name] for name in names)
+    biases = all(layer.bias is not None for layer in (*ups, down))
+    p = next((part.p for part in others if isinstance(part, nn.Dropout)), 0.0)
     expert: Any = plain_expert(down.out_features, down.in_features, dropout=p, bias=biases, activation=activation)
-    expert.to(down.weight).requires_grad_(down.weight.requires_grad).train(ffn.training)
+    expert.to(ups[0].weight).train(ffn.training)
+    expert.net[0].requires_grad_(ups[0].weight.requires_grad)
+    expert.net[-1].requires_grad_(down.weight.requires_grad)
     with torch.no_grad():
         for name in ("weight", "bias")[: 1 + biases]:
             gate, up = torch.cat([getattr(layer, name) for layer in ups]).chunk(2)
             getattr(expert.net[0], name).copy_(torch.cat((up, gate)))
             getattr(expert.net[-1], name).copy_(getattr(down, name))
-        x = torch.randn(4, down.out_features, generator=torch.Generator().manual_seed(0)).to(down.weight)
-        found, wanted = (deepcopy(module).eval()(x) for module in (expert, ffn))
-    if not x.is_meta and (found - wanted).norm() > 3 * torch.finfo(x.dtype).eps ** 0.5 * wanted.norm():
-        raise ValueError(f"ffn must compute down(activation(gate) * up), got other outputs from {ffn}")
+        wide, device = torch.promote_types(down.weight.dtype, torch.float32), down.weight.device
+        x = torch.arange(4 * down.out_features, device="cpu").sin().view(4, -1).to(device, wide)
+        found, wanted = (deepcopy(module).to(wide).eval()(x) for module in (expert, ffn))
+    if not x.is_meta and not (found - wanted).norm() <= 1e-4 * wanted.norm():
+        wanted = "down(activation(gate) * up), with biases on all layers or on none"
+        raise ValueError(f"ffn must compute {wanted}, got other outputs from {ffn}")
     return expert
 
 
@@ -63,7 +66,7 @@ def plain_expert(dim: int, hidden: int, **arguments: Any) -> Expert:
 
 def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     """Which of `ACTIVATIONS` a function is, if any, by its values."""
-    probe = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    probe = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
     alike = (name for name, (own, *_) in ACTIVATIONS.items() if torch.allclose(function(probe), own(probe), rtol=1e-6))
     return next(alike, None)
 

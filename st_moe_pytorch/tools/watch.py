@@ -216,12 +216,9 @@ def warn_of_collapse(stats: Mapping[str, RoutingStats], least_entropy: float = 0
         load, experts = counted.load(), len(counted.asked)
         if counted.tokens >= 10 * experts and counted.scalars()["load_entropy"] < least_entropy:
             collapsed.append(layer)
-            idle = int((load < 0.1 / experts).sum())
-            warnings.warn(
-                f"the router of {layer or 'the layer'} has collapsed: expert {int(load.argmax())} gets "
-                f"{float(load.max()):.0%} of the choices, and {idle} of {experts} experts get less than "
-                "a tenth of an equal share. Raise balance_loss_coef, lower the learning rate, keep "
-                "router_z_loss_coef above 0, or train with noise_gates=True until the load evens out",
-                stacklevel=2,
-            )
+            first = f"expert {int(load.argmax())} gets {float(load.max()):.0%} of the choices"
+            last = f"{int((load < 0.1 / experts).sum())} of {experts} experts get less than a tenth of an equal share"
+            what = f"the router of {layer or 'the layer'} has collapsed: {first}, and {last}"
+            how = "Raise balance_loss_coef, lower learning rates, keep router_z_loss_coef on, or set noise_gates=True"
+            warnings.warn(f"{what}. {how}", stacklevel=2)
     return collapsed

@@ -199,7 +199,7 @@ def test_layers_that_were_changed_are_refused():
 
     moe = layer()
     moe.experts.experts[1].net[0].register_forward_hook(print)
-    assert_refused("^the layer cannot .* Experts of one shape, without hooks and adapters", moe)
+    assert_refused("^the layer cannot .* Experts of one shape and activation, without hooks and adapters", moe)
     moe = layer()
     moe.shared_expert = nn.Linear(DIM, DIM)
     assert_refused("must have no shared_expert", moe)
@@ -223,6 +223,8 @@ def test_layers_that_were_changed_are_refused():
     moe.gate.eps = 1e-3
     assert_refused("gate.eps must be 1e-6 or less, since Mixtral divides gates by their sum alone, got 0.001", moe)
     assert_refused("must not be in a SparseMoEBlock", SparseMoEBlock(layer()))
+    two = nn.ModuleList([layer(), layer(made=experts(activation="silu"))])
+    assert_refused("model must have one activation in all layers, got gelu, silu", two)
     assert_refused("model must contain MoE layers, got a Linear without any", nn.Linear(2, 2))
 
 
