@@ -2691,6 +2691,27 @@ FAULTS = [
         "self.has_mask |= mask is not None",
         "test_swap.py::test_layers_that_run_again_without_their_mask_are_refused",
     ),
+    Fault(
+        "DDP averages in the group that experts talk in",
+        "distributed/sharding.py",
+        "        process_group = DDP_GROUPS[world]\n",
+        "",
+        "distributed/test_beside_torch.py::test_ranks_that_use_different_dense_layers",
+    ),
+    Fault(
+        "DDP's own group waits for as long as any new group",
+        "distributed/sharding.py",
+        "dist.new_group(timeout=timeout_of(world))",
+        "dist.new_group()",
+        "distributed/test_beside_torch.py::test_ddp_has_a_group_of_its_own",
+    ),
+    Fault(
+        "every model in DDP has one more group",
+        "distributed/sharding.py",
+        "if world not in DDP_GROUPS:",
+        "if True:",
+        "distributed/test_beside_torch.py::test_ddp_has_a_group_of_its_own",
+    ),
 ]
 
 

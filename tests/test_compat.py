@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
@@ -324,6 +325,8 @@ def test_groups_and_ddp(tmp_path):
         assert distributed.compat.group_named(group.group_name) is group
         with pytest.raises(RuntimeError):
             distributed.compat.group_named("no such group")
+        patient = dist.new_group([0], timeout=timedelta(seconds=77))
+        assert distributed.compat.timeout_of(patient) == timedelta(seconds=77)
 
         class Model(nn.Module):
             def __init__(self):

@@ -4,6 +4,7 @@ A test of each fails when it changes.
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,11 @@ def is_reentrant_checkpoint(node: Any) -> bool:
 def group_named(name: str) -> ProcessGroup:
     """The process group of this name. Raises RuntimeError where there is none, as after it was destroyed."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+def timeout_of(group: ProcessGroup) -> timedelta:
+    """How long a collective of the group waits, which a new group does not take over."""
+    return group._get_backend(group._device_types[0]).options._timeout  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ experts sharded or not. Every rank has to run every forward and every backward, 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp
+from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp, timeout_of
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
 
 M = TypeVar("M", bound=nn.Module)
+
+# one of the same ranks for each default group that experts talk in
+DDP_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def shard_experts(
@@ -164,13 +168,17 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """The model in DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
 
-    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of
-        DistributedDataParallel.
+    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. By default a group of all ranks
+        that experts do not talk in: ranks that use different parts of a model average their gradients at different
+        moments, between other exchanges of experts. So give another group than to `shard_experts`.
+    options: as of DistributedDataParallel.
+
     Raises ValueError if gradients of experts come from another number of ranks.
     """
     ranks = dist.get_world_size(process_group)
     ignored = []
-    for name, (experts, parallel) in sharded_layers(model).items():
+    layers = sharded_layers(model)
+    for name, (experts, parallel) in layers.items():
         if parallel.num_ranks != ranks:
             raise ValueError(
                 f"{name} has its experts on {parallel.num_ranks} ranks, but process_group has {ranks}: "
@@ -179,6 +187,12 @@ def data_parallel(
         tensors = (*experts.named_parameters(remove_duplicate=False), *experts.named_buffers(remove_duplicate=False))
         ignored += [f"{name}.experts.{key}".removeprefix(".") for key, _ in tensors]
     leave_out_of_ddp(model, ignored)
+    channels = (channel for _, parallel in layers.values() for channel in (parallel.channel, parallel.data_parallel))
+    if process_group is None and any(channel and channel.group is dist.group.WORLD for channel in channels):
+        world: Any = dist.group.WORLD
+        if world not in DDP_GROUPS:
+            DDP_GROUPS[world] = dist.new_group(timeout=timeout_of(world))
+        process_group = DDP_GROUPS[world]
     return DistributedDataParallel(model, process_group=process_group, **options)
 
 
