@@ -25,6 +25,7 @@ class Fault(NamedTuple):
 
 
 REFUSED = "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank"
+WRAPPED = "distributed/test_beside_torch.py::test_modules_that_checkpoint_and_compile_change_nothing"
 
 FAULTS = [
     Fault(
@@ -1173,8 +1174,8 @@ FAULTS = [
     Fault(
         "the full state of a layer that is the model is its own part",
         "distributed/sharding.py",
-        'prefix = f"{name}.experts.".removeprefix(".")\n',
-        'prefix = f"{name}.experts."\n',
+        'without_wrappers(f"{layer}.experts.".removeprefix("."))',
+        'without_wrappers(f"{layer}.experts.")',
         "distributed/test_whole_models.py::test_whole_model[2-check_a_model_of_nothing_but_experts]",
     ),
     Fault(
@@ -1187,8 +1188,8 @@ FAULTS = [
     Fault(
         "names that start like those of experts are taken for theirs",
         "distributed/sharding.py",
-        'tuple(f"{name}.experts.".removeprefix(".") for',
-        'tuple(f"{name}.experts".removeprefix(".") for',
+        'without_wrappers(f"{layer}.experts.".removeprefix("."))',
+        'without_wrappers(f"{layer}.experts".removeprefix("."))',
         f"{REFUSED}[2-neighbour]",
     ),
     Fault(
@@ -2711,6 +2712,48 @@ FAULTS = [
         "if world not in DDP_GROUPS:",
         "if True:",
         "distributed/test_beside_torch.py::test_ddp_has_a_group_of_its_own",
+    ),
+    Fault(
+        "full states lack the experts of layers inside modules that checkpoint them",
+        "distributed/sharding.py",
+        "if without_wrappers(key).startswith(_prefix(name))}",
+        'if key.startswith(f"{name}.experts.".removeprefix("."))}',
+        f"{WRAPPED}[2-block-after]",
+    ),
+    Fault(
+        "experts inside a module that checkpoints the model count as parameters elsewhere",
+        "distributed/sharding.py",
+        "return without_wrappers(f",
+        "return (f",
+        f"{WRAPPED}[2-model-before]",
+    ),
+    Fault(
+        "DDP averages the experts of a model inside a module that checkpoints it",
+        "distributed/sharding.py",
+        "    ignored += [name for name, parameter in",
+        "    [name for name, parameter in",
+        f"{WRAPPED}[2-model-after]",
+    ),
+    Fault(
+        "ties of experts are lost where modules that checkpoint stand around them",
+        "distributed/sharding.py",
+        ".append(without_wrappers(name))",
+        ".append(name)",
+        f"{WRAPPED}[2-experts-before]",
+    ),
+    Fault(
+        "ties of experts are lost where modules that checkpoint are put into them",
+        "distributed/exchange.py",
+        'own = without_wrappers(f"{number}.{name}")',
+        'own = f"{number}.{name}"',
+        f"{WRAPPED}[2-parts of experts-after]",
+    ),
+    Fault(
+        "ties of experts are lost where these are compiled",
+        "distributed/compat.py",
+        "checkpoint_wrapped_module|orig_mod|",
+        "checkpoint_wrapped_module|",
+        f"{WRAPPED}[2-compiled-after]",
     ),
 ]
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
@@ -316,6 +318,13 @@ def test_contents_of_a_module_are_its_own():
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
     assert compat.contents(module) == ({"0": module[0], "1": module[1]}, {})
     assert compat.contents(module[0])[1] == {"weight": module[0].weight, "bias": None}
+
+
+def test_names_without_wrappers():
+    inner = nn.ModuleDict({FSDP_WRAPPED_MODULE: nn.ModuleDict({"own_orig_mod": nn.Linear(2, 2)})})
+    names = [name for name, _ in nn.ModuleDict({"a": torch.compile(checkpoint_wrapper(inner))}).named_parameters()]
+    plain = [distributed.compat.without_wrappers(name) for name in names]
+    assert plain == ["a.own_orig_mod.weight", "a.own_orig_mod.bias"]
 
 
 def test_groups_and_ddp(tmp_path):

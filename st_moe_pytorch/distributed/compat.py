@@ -3,6 +3,7 @@
 A test of each fails when it changes.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 else:
     ProcessGroup = DeviceMesh = Any  # absent from builds of torch without distributed
+
+
+def without_wrappers(name: str) -> str:
+    """A name of a parameter or module without those of modules that checkpoint or compile another one.
+
+    These are in the names of modules, and in those of parameters and states or not, as each wrapper likes.
+    """
+    return re.sub(r"\b_(checkpoint_wrapped_module|orig_mod|fsdp_wrapped_module)\.", "", name)
 
 
 def is_reentrant_checkpoint(node: Any) -> bool:

@@ -28,6 +28,7 @@ from st_moe_pytorch.distributed.collectives import (
     scale_gradient,
     used_for_nothing,
 )
+from st_moe_pytorch.distributed.compat import without_wrappers
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
 from st_moe_pytorch.layouts import Layout
@@ -79,7 +80,7 @@ class ExpertParallel(NamedTuple):
 
     def holding(self, number: int, name: str) -> tuple[str, Sequence[int]]:
         """The name that an expert's parameter has on all ranks that hold it, and those ranks of the channel."""
-        own = f"{number}.{name}"
+        own = without_wrappers(f"{number}.{name}")
         return self.ties.get(own, (own, self.placement.holders_of(number)))
 
     @property

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
 from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp, timeout_of
+from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp, timeout_of, without_wrappers
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.shardable import Shardable
@@ -117,7 +117,7 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
         for number, expert in enumerate(layer.experts):
             for parameter in expert.parameters():
                 holders.setdefault(parameter, {}).setdefault(name, (layer.num_experts, set()))[1].add(number)
-    prefixes = tuple(f"{name}.experts.".removeprefix(".") for name, _ in _shardable(model, remove_duplicate=False))
+    prefixes = tuple(_prefix(name) for name, _ in _shardable(model, remove_duplicate=False))
     for parameter, names in _names_by_parameter(model).items():
         if parameter not in holders:
             continue
@@ -131,10 +131,15 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
     return None
 
 
+def _prefix(layer: str) -> str:
+    """How the names of all parameters of a layer's experts start."""
+    return without_wrappers(f"{layer}.experts.".removeprefix("."))
+
+
 def _names_by_parameter(module: nn.Module) -> dict[nn.Parameter, list[str]]:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+        names.setdefault(parameter, []).append(without_wrappers(name))
     return names
 
 
@@ -186,6 +191,9 @@ def data_parallel(
             )
         tensors = (*experts.named_parameters(remove_duplicate=False), *experts.named_buffers(remove_duplicate=False))
         ignored += [f"{name}.experts.{key}".removeprefix(".") for key, _ in tensors]
+    # DDP asks for both, and a module around the model may change the latter
+    sharded = sharded_parameters(model)
+    ignored += [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in sharded]
     leave_out_of_ddp(model, ignored)
     channels = (channel for _, parallel in layers.values() for channel in (parallel.channel, parallel.data_parallel))
     if process_group is None and any(channel and channel.group is dist.group.WORLD for channel in channels):
@@ -249,8 +257,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state = model.state_dict()
     for name, (_, parallel) in sharded_layers(model).items():
-        prefix = f"{name}.experts.".removeprefix(".")
-        mine = {key: t for key, t in state.items() if key.startswith(prefix)}
+        mine = {key: t for key, t in state.items() if without_wrappers(key).startswith(_prefix(name))}
         for theirs in gather_objects(mine, parallel.channel):
             state.update({key: t for key, t in theirs.items() if key not in state})
     return state

@@ -1,16 +1,21 @@
 """Sharded models inside what torch wraps around models: DDP's buckets, checkpointing modules, FSDP."""
 
 import copy
+import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from reference import DIM, different_experts, largest_error
+from reference import DIM, different_experts, largest_error, relative_error
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from st_moe_pytorch import MoE
-from st_moe_pytorch.distributed import data_parallel, shard_experts
+from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, full_state_dict, shard_experts
 from st_moe_pytorch.distributed.compat import timeout_of
 
 
@@ -71,3 +76,73 @@ def check_group_of_ddp(rank):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_ddp_has_a_group_of_its_own(workers):
     workers.run(check_group_of_ddp)
+
+
+class Adapted(nn.Module):
+    """An expert with a part that all of them have in common."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.own, self.common = nn.Linear(DIM, DIM), common
+
+    def forward(self, x):
+        return self.own(x).tanh() + self.common(x)
+
+
+def adapted():
+    """Three experts, so that two ranks cut one."""
+    torch.manual_seed(0)
+    common = nn.Linear(DIM, DIM)
+    moe = MoE(DIM, 3, experts=[Adapted(common) for _ in range(3)])
+    return nn.Sequential(nn.Linear(DIM, DIM), moe).double()
+
+
+def wrap(model, what):
+    """The model with modules around a part of it that checkpoint or compile it."""
+    experts = model[1].experts.experts
+    if what == "model":
+        return checkpoint_wrapper(model)
+    if what == "block":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, MoE))
+    for number, expert in enumerate(experts):
+        if expert is not None and what == "experts":
+            experts[number] = checkpoint_wrapper(expert)
+        if expert is not None and what == "parts of experts":
+            expert.own, expert.common = checkpoint_wrapper(expert.own), checkpoint_wrapper(expert.common)
+        if expert is not None and what == "compiled":
+            experts[number] = torch.compile(expert, backend="eager")
+    return model
+
+
+def adapted_loss(model, rank):
+    torch.manual_seed(rank)
+    x, cotangent = torch.randn(2, 2, 4 + rank, DIM, dtype=torch.float64)
+    return (model(x).outputs * cotangent).sum()
+
+
+def check_wrapped(rank, what, when):
+    expected = adapted()
+    (sum(adapted_loss(expected, other) for other in range(2)) / 2).backward()
+    model = wrap(adapted(), what) if when == "before" else adapted()
+    model = shard_experts(model)
+    model = wrap(model, what) if when == "after" else model
+    ddp = data_parallel(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own, of tensors in place of parameters
+        adapted_loss(ddp, rank).backward()
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in expected.parameters()])
+    assert relative_error(clip_grad_norm_(model, float("inf")), norm.double()) < 1e-12
+    wanted = dict(expected.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        assert relative_error(parameter.grad, wanted[plain].grad) < 1e-12, name
+    state = {name.replace("_orig_mod.", ""): value for name, value in full_state_dict(model).items()}
+    assert set(state) == set(expected.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["model", "block", "experts", "parts of experts", "compiled"])
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_modules_that_checkpoint_and_compile_change_nothing(workers, what, when):
+    workers.run(check_wrapped, what, when)
