@@ -26,6 +26,7 @@ class Fault(NamedTuple):
 
 REFUSED = "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank"
 WRAPPED = "distributed/test_beside_torch.py::test_modules_that_checkpoint_and_compile_change_nothing"
+FSDP = "distributed/test_beside_torch.py"
 
 FAULTS = [
     Fault(
@@ -1090,8 +1091,8 @@ FAULTS = [
     Fault(
         "replicas of experts on one rank take no mean",
         "distributed/exchange.py",
-        "return rows if self.parallel.num_ranks == 1 else",
-        "return rows if self.parallel.placement.num_ranks == 1 else",
+        "ranks, layer = self.parallel.num_ranks,",
+        "ranks, layer = self.parallel.placement.num_ranks,",
         "distributed/test_sharding.py::test_mesh_of_replicas_alone[2]",
     ),
     Fault(
@@ -2754,6 +2755,69 @@ FAULTS = [
         "checkpoint_wrapped_module|orig_mod|",
         "checkpoint_wrapped_module|",
         f"{WRAPPED}[2-compiled-after]",
+    ),
+    Fault(
+        "fully_shard mixes the experts of several ranks",
+        "distributed/exchange.py",
+        "    if parallel.sharded:\n        collectives.refuse_fsdp",
+        "    if False:\n        collectives.refuse_fsdp",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused",
+    ),
+    Fault(
+        "fully_shard is noticed by its pieces alone",
+        "distributed/compat.py",
+        "if group.is_unsharded and any(",
+        "if False and any(",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused",
+    ),
+    Fault(
+        "fully_shard is noticed in its forward alone",
+        "distributed/compat.py",
+        'getattr(parameter, "device_mesh", None) for',
+        "None for",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused[2-each expert]",
+    ),
+    Fault(
+        "fully_shard of replicas of experts is refused",
+        "distributed/collectives.py",
+        "ranks_of_fsdp(set(experts.parameters())) & set(dist.get_process_group_ranks(channel.group))",
+        "ranks_of_fsdp(set(experts.parameters()))",
+        f"{FSDP}::test_fully_shard_of_replicas_of_experts",
+    ),
+    Fault(
+        "experts of other ranks in full states are pieces on these",
+        "distributed/sharding.py",
+        "mine = {key: _whole(t) for",
+        "mine = {key: t for",
+        f"{FSDP}::test_fully_shard_of_replicas_of_experts",
+    ),
+    Fault(
+        "norms are of models that FSDP2 has whole or not at all",
+        "distributed/sharding.py",
+        'found.setdefault(getattr(parameter.grad, "device_mesh", None), [])',
+        "found.setdefault(None, [])",
+        f"{FSDP}::test_norms_where_fsdp2_has_a_part",
+    ),
+    Fault(
+        "every mesh of FSDP2 has its own norm",
+        "distributed/sharding.py",
+        "square = square.to(norm.device) + norm.square()",
+        "square = norm.square()",
+        f"{FSDP}::test_norms_where_fsdp2_has_a_part",
+    ),
+    Fault(
+        "each rank clips its pieces of FullyShardedDataParallel by another norm",
+        "distributed/sharding.py",
+        'type(module).__name__ == "FullyShardedDataParallel" for',
+        "False for",
+        f"{FSDP}::test_norms_of_fsdp1_are_refused",
+    ),
+    Fault(
+        "ranks outside of a group and meshes fail somewhere inside",
+        "distributed/collectives.py",
+        'if process_group is not None and not hasattr(process_group, "group_name"):',
+        "if False:",
+        f"{FSDP}::test_what_is_no_group_of_this_rank",
     ),
 ]
 

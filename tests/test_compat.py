@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
@@ -336,6 +337,19 @@ def test_groups_and_ddp(tmp_path):
             distributed.compat.group_named("no such group")
         patient = dist.new_group([0], timeout=timedelta(seconds=77))
         assert distributed.compat.timeout_of(patient) == timedelta(seconds=77)
+
+        inner, outer, seen = nn.Linear(2, 2), nn.Linear(2, 2), []
+        fully_shard(inner)
+        for module in (inner, outer):
+            module.register_forward_pre_hook(
+                lambda module, _: seen.append(
+                    (type(module.bias), distributed.compat.ranks_of_fsdp({module.weight, module.bias}))
+                )
+            )
+        before = distributed.compat.ranks_of_fsdp({inner.weight, outer.weight})
+        outer(inner(torch.ones(1, 2)))
+        assert before == {0}
+        assert seen == [(nn.Parameter, {0}), (nn.Parameter, set())]
 
         class Model(nn.Module):
             def __init__(self):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
-from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.collectives import Channel, group_name
 from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp, timeout_of, without_wrappers
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
@@ -76,15 +76,9 @@ def shard_experts(
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
         placement = Placement(layer.num_experts, channel.size)
+        ties = ties_of(layer.experts, placement)
         parallels[name] = ExpertParallel(
-            channel,
-            placement,
-            strategy,
-            True,
-            *data_parallel,
-            ties=ties_of(layer.experts, placement),
-            model=number,
-            equal_shapes=equal_shapes,
+            channel, placement, strategy, True, *data_parallel, ties=ties, model=number, equal_shapes=equal_shapes
         )
     for name, layer in layers.items():
         parallel = parallels[name]
@@ -180,10 +174,10 @@ def data_parallel(
 
     Raises ValueError if gradients of experts come from another number of ranks.
     """
+    group_name(process_group)
     ranks = dist.get_world_size(process_group)
     ignored = []
-    layers = sharded_layers(model)
-    for name, (experts, parallel) in layers.items():
+    for name, (experts, parallel) in (layers := sharded_layers(model)).items():
         if parallel.num_ranks != ranks:
             raise ValueError(
                 f"{name} has its experts on {parallel.num_ranks} ranks, but process_group has {ranks}: "
@@ -215,6 +209,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         raise ValueError(f"model must be a module, not its parameters as in torch.nn.utils, got {type(model).__name__}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("model must be in fully_shard (FSDP2), not FullyShardedDataParallel, whose pieces are flat")
     sharded = sharded_parameters(model)
     dense = [parameter for parameter in model.parameters() if parameter not in sharded]
     square = _square_norm(dense)
@@ -233,18 +229,35 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         channel.call(dist.all_reduce, of_experts)
         square = square.to(of_experts.device) + of_experts
     norm = square.sqrt()
-    for parameters in (dense, list(sharded)):
+    for parameters in (*_by_mesh(dense), *_by_mesh(sharded)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with gradients, apart by the mesh that FSDP has put them on, since torch computes on one at a time."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(found.values())
+
+
 def _square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients, 0-d float64, of whole ones where FSDP holds pieces of them."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # a half type's own norm in float32 stands for it
-    wide = [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm: Any = nn.utils.get_total_norm(wide)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double().square()
+    square = torch.zeros((), dtype=torch.float64)
+    for part in _by_mesh(parameters):
+        gradients: list[Any] = [parameter.grad for parameter in part]
+        # a half type's own norm in float32 stands for it
+        wide = [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = _whole(nn.utils.get_total_norm(wide)).double()
+        square = square.to(norm.device) + norm.square()
+    return square
+
+
+def _whole(t: Any) -> Any:
+    """A tensor, or what FSDP holds pieces of, whole."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @torch.no_grad()
@@ -257,7 +270,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state = model.state_dict()
     for name, (_, parallel) in sharded_layers(model).items():
-        mine = {key: t for key, t in state.items() if without_wrappers(key).startswith(_prefix(name))}
+        mine = {key: _whole(t) for key, t in state.items() if without_wrappers(key).startswith(_prefix(name))}
         for theirs in gather_objects(mine, parallel.channel):
             state.update({key: t for key, t in theirs.items() if key not in state})
     return state
@@ -267,11 +280,9 @@ def group_names(where: ProcessGroup | DeviceMesh | None) -> list[str | None]:
     """Names of the group that experts are spread over and, for a 2-D mesh, of the one they are replicated over."""
     ranks: Any = where
     if not hasattr(ranks, "mesh_dim_names"):
-        return [None if ranks is None else ranks.group_name]
+        return [group_name(ranks)]
     if ranks.ndim > 2:
-        raise ValueError(
-            f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}"
-        )
+        raise ValueError(f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks), got {where}")
     return [ranks.get_group(dimension).group_name for dimension in reversed(range(ranks.ndim))]
 
 

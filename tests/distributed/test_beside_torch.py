@@ -13,9 +13,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from st_moe_pytorch import MoE
-from st_moe_pytorch.distributed import clip_grad_norm_, data_parallel, full_state_dict, shard_experts
+from st_moe_pytorch import Experts, MoE
+from st_moe_pytorch.distributed import (
+    clip_grad_norm_,
+    data_parallel,
+    full_state_dict,
+    shard_experts,
+    sharded_parameters,
+)
 from st_moe_pytorch.distributed.compat import timeout_of
 
 
@@ -117,7 +125,9 @@ def wrap(model, what):
 def adapted_loss(model, rank):
     torch.manual_seed(rank)
     x, cotangent = torch.randn(2, 2, 4 + rank, DIM, dtype=torch.float64)
-    return (model(x).outputs * cotangent).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's, of tensors in place of parameters, and FSDP2's, of views
+        return (model(x).outputs * cotangent).sum()
 
 
 def check_wrapped(rank, what, when):
@@ -127,9 +137,7 @@ def check_wrapped(rank, what, when):
     model = shard_experts(model)
     model = wrap(model, what) if when == "after" else model
     ddp = data_parallel(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dynamo's own, of tensors in place of parameters
-        adapted_loss(ddp, rank).backward()
+    adapted_loss(ddp, rank).backward()
     norm = nn.utils.get_total_norm([parameter.grad for parameter in expected.parameters()])
     assert relative_error(clip_grad_norm_(model, float("inf")), norm.double()) < 1e-12
     wanted = dict(expected.named_parameters(remove_duplicate=False))
@@ -146,3 +154,121 @@ def check_wrapped(rank, what, when):
 @pytest.mark.parametrize("workers", [2], indirect=True)
 def test_modules_that_checkpoint_and_compile_change_nothing(workers, what, when):
     workers.run(check_wrapped, what, when)
+
+
+def sequence(num_experts, experts=None):
+    torch.manual_seed(0)
+    moe = MoE(DIM, num_experts, experts=experts or different_experts(num_experts))
+    return nn.Sequential(nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), moe).double()
+
+
+def expected_of(num_experts, ranks):
+    expected = sequence(num_experts)
+    (sum(adapted_loss(expected, rank) for rank in range(ranks)) / ranks).backward()
+    return expected
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def check_mixed(rank, what):
+    model = shard_experts(sequence(4, experts=[nn.Linear(DIM, DIM) for _ in range(4)]))
+    mine = [expert for expert in model[2].experts.experts if expert is not None]
+    for part in {"model": [model], "layer": [model[2]], "experts": [model[2].experts], "each expert": mine}[what]:
+        fully_shard(part)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            adapted_loss(model, rank)
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.parametrize("what", ["model", "layer", "experts", "each expert"])
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_fully_shard_of_different_experts_is_refused(workers, what):
+    first, second = workers.run(check_mixed, what)
+    assert first == second
+    assert first[0].startswith("2.experts: fully_shard has mixed the experts of ranks [0, 1]: ")
+    assert "ignored_params=sharded_parameters(model)" in first[0]
+
+
+def check_fsdp_over_replicas(rank, num_experts):
+    expected = expected_of(num_experts, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model = shard_experts(sequence(num_experts), mesh["ep"])
+    fully_shard(model[2].experts, mesh=mesh["dp"])
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)), ignored_params=sharded_parameters(model))
+    adapted_loss(model, rank).backward()
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), 1e-2)
+    assert relative_error(clip_grad_norm_(model, 1e-2), norm.double()) < 1e-12
+    name, error = largest_error(model, expected, of=lambda p: whole(p.grad))
+    assert error < 1e-12, (name, error)
+    state = {name: whole(value) for name, value in full_state_dict(model).items()}
+    assert set(state) == set(expected.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("num_experts", [3, 4])
+@pytest.mark.parametrize("workers", [4], indirect=True)
+def test_fully_shard_of_replicas_of_experts(workers, num_experts):
+    workers.run(check_fsdp_over_replicas, num_experts)
+
+
+def check_norms_beside_fsdp(rank):
+    """A layer whole on all ranks, one in pieces on all of them, and one in pieces on some."""
+    expected = expected_of(3, 4)
+    model = shard_experts(sequence(3))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model[1], mesh=mesh["ep"])
+    adapted_loss(model, rank).backward()
+    for parameter in model[1].parameters():
+        dist.all_reduce(parameter.grad.to_local(), group=mesh["dp"].get_group())
+        parameter.grad /= 2
+    gate = model[2].gate.to_gates.weight.grad
+    dist.all_reduce(gate)
+    gate /= 4
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), 1e-2)
+    assert relative_error(clip_grad_norm_(model, 1e-2), norm.double()) < 1e-12
+    name, error = largest_error(model, expected, of=lambda p: whole(p.grad))
+    assert error < 1e-12, (name, error)
+
+
+@pytest.mark.parametrize("workers", [4], indirect=True)
+def test_norms_where_fsdp2_has_a_part(workers):
+    workers.run(check_norms_beside_fsdp)
+
+
+def check_norms_of_fsdp1(rank):
+    model = shard_experts(sequence(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fsdp = FullyShardedDataParallel(model, ignored_states=list(sharded_parameters(model)), device_id="cpu")
+    for outer in (fsdp, nn.Sequential(fsdp)):
+        with pytest.raises(ValueError, match=r"model must be in fully_shard \(FSDP2\), not FullyShardedDataParallel"):
+            clip_grad_norm_(outer, 1.0)
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_norms_of_fsdp1_are_refused(workers):
+    workers.run(check_norms_of_fsdp1)
+
+
+def check_no_group(rank):
+    group, mesh = dist.new_group([0]), init_device_mesh("cpu", (2,))
+    wanted = "process_group must be one that this rank is in, like mesh.get_group"
+    calls = [lambda: data_parallel(sequence(2), mesh)]
+    if rank == 1:
+        calls.append(lambda: shard_experts(sequence(2), group))
+        calls.append(lambda: data_parallel(sequence(2), group))
+        calls.append(lambda: Experts([nn.Identity()], process_group=group))
+    for call in calls:
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+def test_what_is_no_group_of_this_rank(workers):
+    workers.run(check_no_group)
