@@ -3,6 +3,7 @@
 import io
 import warnings
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -337,6 +338,8 @@ def test_groups_and_ddp(tmp_path):
             distributed.compat.group_named("no such group")
         patient = dist.new_group([0], timeout=timedelta(seconds=77))
         assert distributed.compat.timeout_of(patient) == timedelta(seconds=77)
+        silent = SimpleNamespace(_device_types=["cpu"], _get_backend=lambda device: SimpleNamespace(options=None))
+        assert distributed.compat.timeout_of(silent) is None
 
         inner, outer, seen = nn.Linear(2, 2), nn.Linear(2, 2), []
         fully_shard(inner)

@@ -37,9 +37,12 @@ def group_named(name: str) -> ProcessGroup:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
-def timeout_of(group: ProcessGroup) -> timedelta:
-    """How long a collective of the group waits, which a new group does not take over."""
-    return group._get_backend(group._device_types[0]).options._timeout  # pyright: ignore[reportAttributeAccessIssue]
+def timeout_of(group: Any) -> timedelta | None:
+    """How long a collective of the group waits, which a new group does not take over; None if its backend hides it."""
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:

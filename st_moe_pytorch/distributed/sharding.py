@@ -203,7 +203,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm, over the whole model, is at most max_norm.
 
     Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and
-    layers hold it.
+    layers hold it, whole or in pieces of FSDP2.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module, not its parameters as in torch.nn.utils, got {type(model).__name__}")
@@ -264,7 +264,7 @@ def _whole(t: Any) -> Any:
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state_dict of the unsharded model, on every rank, which needs the memory for it.
 
-    A sharded model loads it too, strictly.
+    A sharded model loads it too, strictly. What FSDP2 holds is a DTensor in it, but for experts of other ranks.
 
     Every rank has to call it. For models that fit no rank, ``torch.distributed.checkpoint`` saves each rank's part.
     """
