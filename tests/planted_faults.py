@@ -2577,7 +2577,7 @@ FAULTS = [
     Fault(
         "with equal shapes, results take the dtype of the first expert's",
         "distributed/exchange.py",
-        "widest({result.dtype for result in results})",
+        "agreement.widest({result.dtype for result in results})",
         "results[0].dtype",
         "distributed/test_traffic.py::test_results_of_several_dtypes_with_equal_shapes",
     ),

@@ -40,8 +40,9 @@ def shard_experts(
 
     All of them start as they are on rank 0.
 
-    process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
-        experts are spread over the second one and replicated over the first, and gradients are averaged over both.
+    process_group_or_mesh: the ranks to spread experts over, this one among them; None is all of them. In a DeviceMesh
+        of two dimensions, the experts are spread over the second one and replicated over the first, and gradients are
+        averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
     equal_shapes: a promise that in each forward, all ranks have tokens of one shape and dtype, record gradients or do
         not, and get results of one dtype from their experts. Nothing is agreed on then, so that no host waits for its
@@ -172,7 +173,8 @@ def data_parallel(
         moments, between other exchanges of experts. So give another group than to `shard_experts`.
     options: as of DistributedDataParallel.
 
-    Raises ValueError if gradients of experts come from another number of ranks.
+    Raises ValueError if gradients of experts come from another number of ranks, and where process_group is a mesh or
+    lacks this rank.
     """
     group_name(process_group)
     ranks = dist.get_world_size(process_group)
