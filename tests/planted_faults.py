@@ -25,6 +25,8 @@ class Fault(NamedTuple):
 
 
 REFUSED = "distributed/test_shared_parameters.py::test_what_cannot_be_right_is_refused_by_name_on_every_rank"
+WRAPPED = "distributed/test_beside_torch.py::test_modules_that_checkpoint_and_compile_change_nothing"
+FSDP = "distributed/test_beside_torch.py"
 
 FAULTS = [
     Fault(
@@ -1089,8 +1091,8 @@ FAULTS = [
     Fault(
         "replicas of experts on one rank take no mean",
         "distributed/exchange.py",
-        "return rows if self.parallel.num_ranks == 1 else",
-        "return rows if self.parallel.placement.num_ranks == 1 else",
+        "ranks, layer = self.parallel.num_ranks,",
+        "ranks, layer = self.parallel.placement.num_ranks,",
         "distributed/test_sharding.py::test_mesh_of_replicas_alone[2]",
     ),
     Fault(
@@ -1173,8 +1175,8 @@ FAULTS = [
     Fault(
         "the full state of a layer that is the model is its own part",
         "distributed/sharding.py",
-        'prefix = f"{name}.experts.".removeprefix(".")\n',
-        'prefix = f"{name}.experts."\n',
+        'without_wrappers(f"{layer}.experts.".removeprefix("."))',
+        'without_wrappers(f"{layer}.experts.")',
         "distributed/test_whole_models.py::test_whole_model[2-check_a_model_of_nothing_but_experts]",
     ),
     Fault(
@@ -1187,8 +1189,8 @@ FAULTS = [
     Fault(
         "names that start like those of experts are taken for theirs",
         "distributed/sharding.py",
-        'tuple(f"{name}.experts.".removeprefix(".") for',
-        'tuple(f"{name}.experts".removeprefix(".") for',
+        'without_wrappers(f"{layer}.experts.".removeprefix("."))',
+        'without_wrappers(f"{layer}.experts".removeprefix("."))',
         f"{REFUSED}[2-neighbour]",
     ),
     Fault(
@@ -2575,7 +2577,7 @@ FAULTS = [
     Fault(
         "with equal shapes, results take the dtype of the first expert's",
         "distributed/exchange.py",
-        "widest({result.dtype for result in results})",
+        "agreement.widest({result.dtype for result in results})",
         "results[0].dtype",
         "distributed/test_traffic.py::test_results_of_several_dtypes_with_equal_shapes",
     ),
@@ -2858,6 +2860,132 @@ FAULTS = [
         "self.has_mask = mask is not None",
         "self.has_mask |= mask is not None",
         "test_swap.py::test_layers_that_run_again_without_their_mask_are_refused",
+    ),
+    Fault(
+        "DDP averages in the group that experts talk in",
+        "distributed/sharding.py",
+        "        process_group = DDP_GROUPS[world]\n",
+        "",
+        "distributed/test_beside_torch.py::test_ranks_that_use_different_dense_layers",
+    ),
+    Fault(
+        "DDP's own group waits for as long as any new group",
+        "distributed/sharding.py",
+        "dist.new_group(timeout=timeout_of(world))",
+        "dist.new_group()",
+        "distributed/test_beside_torch.py::test_ddp_has_a_group_of_its_own",
+    ),
+    Fault(
+        "every model in DDP has one more group",
+        "distributed/sharding.py",
+        "if world not in DDP_GROUPS:",
+        "if True:",
+        "distributed/test_beside_torch.py::test_ddp_has_a_group_of_its_own",
+    ),
+    Fault(
+        "full states lack the experts of layers inside modules that checkpoint them",
+        "distributed/sharding.py",
+        "if without_wrappers(key).startswith(_prefix(name))}",
+        'if key.startswith(f"{name}.experts.".removeprefix("."))}',
+        f"{WRAPPED}[2-block-after]",
+    ),
+    Fault(
+        "experts inside a module that checkpoints the model count as parameters elsewhere",
+        "distributed/sharding.py",
+        "return without_wrappers(f",
+        "return (f",
+        f"{WRAPPED}[2-model-before]",
+    ),
+    Fault(
+        "DDP averages the experts of a model inside a module that checkpoints it",
+        "distributed/sharding.py",
+        "    ignored += [name for name, parameter in",
+        "    [name for name, parameter in",
+        f"{WRAPPED}[2-model-after]",
+    ),
+    Fault(
+        "ties of experts are lost where modules that checkpoint stand around them",
+        "distributed/sharding.py",
+        ".append(without_wrappers(name))",
+        ".append(name)",
+        f"{WRAPPED}[2-experts-before]",
+    ),
+    Fault(
+        "ties of experts are lost where modules that checkpoint are put into them",
+        "distributed/exchange.py",
+        'own = without_wrappers(f"{number}.{name}")',
+        'own = f"{number}.{name}"',
+        f"{WRAPPED}[2-parts of experts-after]",
+    ),
+    Fault(
+        "ties of experts are lost where these are compiled",
+        "distributed/compat.py",
+        "checkpoint_wrapped_module|orig_mod|",
+        "checkpoint_wrapped_module|",
+        f"{WRAPPED}[2-compiled-after]",
+    ),
+    Fault(
+        "fully_shard mixes the experts of several ranks",
+        "distributed/exchange.py",
+        "    if parallel.sharded:\n        collectives.refuse_fsdp",
+        "    if False:\n        collectives.refuse_fsdp",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused",
+    ),
+    Fault(
+        "fully_shard is noticed by its pieces alone",
+        "distributed/compat.py",
+        "if group.is_unsharded and any(",
+        "if False and any(",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused",
+    ),
+    Fault(
+        "fully_shard is noticed in its forward alone",
+        "distributed/compat.py",
+        'getattr(parameter, "device_mesh", None) for',
+        "None for",
+        f"{FSDP}::test_fully_shard_of_different_experts_is_refused[2-each expert]",
+    ),
+    Fault(
+        "fully_shard of replicas of experts is refused",
+        "distributed/collectives.py",
+        "ranks_of_fsdp(set(experts.parameters())) & set(dist.get_process_group_ranks(channel.group))",
+        "ranks_of_fsdp(set(experts.parameters()))",
+        f"{FSDP}::test_fully_shard_of_replicas_of_experts",
+    ),
+    Fault(
+        "experts of other ranks in full states are pieces on these",
+        "distributed/sharding.py",
+        "mine = {key: _whole(t) for",
+        "mine = {key: t for",
+        f"{FSDP}::test_fully_shard_of_replicas_of_experts",
+    ),
+    Fault(
+        "norms are of models that FSDP2 has whole or not at all",
+        "distributed/sharding.py",
+        'found.setdefault(getattr(parameter.grad, "device_mesh", None), [])',
+        "found.setdefault(None, [])",
+        f"{FSDP}::test_norms_where_fsdp2_has_a_part",
+    ),
+    Fault(
+        "every mesh of FSDP2 has its own norm",
+        "distributed/sharding.py",
+        "square = square.to(norm.device) + norm.square()",
+        "square = norm.square()",
+        f"{FSDP}::test_norms_where_fsdp2_has_a_part",
+    ),
+    Fault(
+        "each rank clips its pieces of FullyShardedDataParallel by another norm",
+        "distributed/sharding.py",
+        'type(module).__name__ == "FullyShardedDataParallel" for',
+        "False for",
+        f"{FSDP}::test_norms_of_fsdp1_are_refused",
+    ),
+    Fault(
+        "ranks outside of a group and meshes fail somewhere inside",
+        "distributed/collectives.py",
+        'if process_group is not None and not hasattr(process_group, "group_name"):',
+        "if False:",
+        f"{FSDP}::test_what_is_no_group_of_this_rank",
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
@@ -318,6 +323,13 @@ def test_contents_of_a_module_are_its_own():
     assert compat.contents(module[0])[1] == {"weight": module[0].weight, "bias": None}
 
 
+def test_names_without_wrappers():
+    inner = nn.ModuleDict({FSDP_WRAPPED_MODULE: nn.ModuleDict({"own_orig_mod": nn.Linear(2, 2)})})
+    names = [name for name, _ in nn.ModuleDict({"a": torch.compile(checkpoint_wrapper(inner))}).named_parameters()]
+    plain = [distributed.compat.without_wrappers(name) for name in names]
+    assert plain == ["a.own_orig_mod.weight", "a.own_orig_mod.bias"]
+
+
 def test_groups_and_ddp(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
@@ -325,6 +337,23 @@ def test_groups_and_ddp(tmp_path):
         assert distributed.compat.group_named(group.group_name) is group
         with pytest.raises(RuntimeError):
             distributed.compat.group_named("no such group")
+        patient = dist.new_group([0], timeout=timedelta(seconds=77))
+        assert distributed.compat.timeout_of(patient) == timedelta(seconds=77)
+        silent = SimpleNamespace(_device_types=["cpu"], _get_backend=lambda device: SimpleNamespace(options=None))
+        assert distributed.compat.timeout_of(silent) is None
+
+        inner, outer, seen = nn.Linear(2, 2), nn.Linear(2, 2), []
+        fully_shard(inner)
+        for module in (inner, outer):
+            module.register_forward_pre_hook(
+                lambda module, _: seen.append(
+                    (type(module.bias), distributed.compat.ranks_of_fsdp({module.weight, module.bias}))
+                )
+            )
+        before = distributed.compat.ranks_of_fsdp({inner.weight, outer.weight})
+        outer(inner(torch.ones(1, 2)))
+        assert before == {0}
+        assert seen == [(nn.Parameter, {0}), (nn.Parameter, set())]
 
         class Model(nn.Module):
             def __init__(self):

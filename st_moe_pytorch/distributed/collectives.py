@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from st_moe_pytorch.distributed.compat import ProcessGroup, group_named, is_reentrant_checkpoint
+from st_moe_pytorch.distributed.compat import ProcessGroup, group_named, is_reentrant_checkpoint, ranks_of_fsdp
 
 
 class Channel(NamedTuple):
@@ -60,6 +60,13 @@ class Channel(NamedTuple):
             raise RuntimeError(
                 f"{self.layer}: {action} failed, as it does where a rank died, is late or left out a pass: {error}"
             ) from error
+
+
+def group_name(process_group: ProcessGroup | None) -> str | None:
+    """None for all ranks. Raises ValueError for a mesh, or for a group that this rank is not in."""
+    if process_group is not None and not hasattr(process_group, "group_name"):
+        raise ValueError(f"process_group must be one that this rank is in, like mesh.get_group(), got {process_group}")
+    return None if process_group is None else process_group.group_name
 
 
 def integers(values: Iterable[int], device: torch.device) -> Tensor:
@@ -230,6 +237,14 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], channel: Channel)
     output = x.new_empty(sum(received), *x.shape[1:])
     channel.call(dist.all_to_all_single, output, x.contiguous(), received, sent)
     return output
+
+
+def refuse_fsdp(experts: nn.Module, channel: Channel) -> None:
+    """Raise RuntimeError where `fully_shard` takes the different experts of several ranks for pieces of the same."""
+    ranks = ranks_of_fsdp(set(experts.parameters())) & set(dist.get_process_group_ranks(channel.group))
+    if len(ranks) > 1:
+        fix = "fully_shard(..., ignored_params=sharded_parameters(model)) leaves them out"
+        raise RuntimeError(f"{channel.layer}: fully_shard has mixed the experts of ranks {sorted(ranks)}: {fix}")
 
 
 def refuse_reentrant(name: str, y: Tensor, *inputs: Tensor) -> None:

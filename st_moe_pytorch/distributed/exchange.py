@@ -12,22 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from st_moe_pytorch.compat import ends_recomputation
-from st_moe_pytorch.distributed.agreement import (
-    Results,
-    agree_on_results,
-    agree_with_replicas,
-    gather_counts,
-    tell_of_failure,
-    widest,
-)
-from st_moe_pytorch.distributed.collectives import (
-    Channel,
-    integers,
-    join_replicas,
-    refuse_reentrant,
-    scale_gradient,
-    used_for_nothing,
-)
+from st_moe_pytorch.distributed import agreement, collectives
+from st_moe_pytorch.distributed.agreement import Results
+from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.compat import without_wrappers
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.strategies import STRATEGIES, Strategy, strategy_name
 from st_moe_pytorch.layouts import Layout
@@ -79,7 +67,7 @@ class ExpertParallel(NamedTuple):
 
     def holding(self, number: int, name: str) -> tuple[str, Sequence[int]]:
         """The name that an expert's parameter has on all ranks that hold it, and those ranks of the channel."""
-        own = f"{number}.{name}"
+        own = without_wrappers(f"{number}.{name}")
         return self.ties.get(own, (own, self.placement.holders_of(number)))
 
     @property
@@ -129,15 +117,15 @@ class ExpertParallel(NamedTuple):
             # the slots of all experts, as many of each on every rank
             size = [len(rows) // self.placement.num_experts] * self.placement.num_experts
             return self._exchange([size] * self.placement.num_ranks, torch.is_grad_enabled(), None)
-        agreement, problem = self._agreement(rows), None
+        terms, problem = self._agreement(rows), None
         if self.data_parallel is not None and torch.is_grad_enabled():
             names = [copy.name for copy in copies]
-            needs_grad, problem = agree_with_replicas(names, needs_grad, self.data_parallel, rows.device)
-            agreement["replicas"] = problem or "agree"
+            needs_grad, problem = agreement.agree_with_replicas(names, needs_grad, self.data_parallel, rows.device)
+            terms["replicas"] = problem or "agree"
         shared = {copy.name: copy.holders for copy in copies if len(copy.holders) > 1}
         ends = offsets.to(rows.device, torch.int64)
         counts = ends.diff(prepend=ends.new_zeros(1))
-        gathered, needs_grad, dtype = gather_counts(counts, needs_grad, agreement, shared, self.channel, promised)
+        gathered, needs_grad, dtype = agreement.gather_counts(counts, needs_grad, terms, shared, self.channel, promised)
         if problem is not None:
             raise RuntimeError(problem)
         check_sizes(gathered[self.channel.rank], len(rows))
@@ -153,10 +141,8 @@ class ExpertParallel(NamedTuple):
         """A block of rows, and tensors in place of the copies, by expert and name, that sum all copies' gradients."""
         if not self.has_copies:
             return block, {}
-        holders = [copy.holders for copy in copies]
-        block, *joined = join_replicas(
-            block, [copy.parameter for copy in copies], holders, self.channel, self.data_parallel
-        )
+        tensors, holders = [copy.parameter for copy in copies], [copy.holders for copy in copies]
+        block, *joined = collectives.join_replicas(block, tensors, holders, self.channel, self.data_parallel)
         parameters: dict[int, dict[str, Tensor]] = {}
         for copy, parameter in zip(copies, joined, strict=True):
             for number, name in copy.places:
@@ -208,9 +194,9 @@ class Exchange(NamedTuple):
 
         They are in the widest dtype of any rank's.
         """
-        dtype = widest({result.dtype for result in results}) if self.parallel.equal_shapes else self.dtype
+        dtype = agreement.widest({result.dtype for result in results}) if self.parallel.equal_shapes else self.dtype
         if dtype is None:
-            dtype = agree_on_results(results, self.parallel.channel)
+            dtype = agreement.agree_on_results(results, self.parallel.channel)
         parts = [result.to(dtype).split(sources) for result, sources in zip(results, self.sizes, strict=True)]
         returning = torch.cat([part for source in zip(*parts, strict=True) for part in source])
         return self._send(self._scaled(returning, 1 / self._scale), self.back)
@@ -218,7 +204,7 @@ class Exchange(NamedTuple):
     def fail(self, error: Exception, device: torch.device) -> None:
         """In place of `to_tokens` where experts raised an error: tell it to ranks that wait to agree on results."""
         if self.dtype is None and not self.parallel.equal_shapes:
-            tell_of_failure(error, self.parallel.channel, device)
+            agreement.tell_of_failure(error, self.parallel.channel, device)
 
     @property
     def _scale(self) -> int:
@@ -229,7 +215,8 @@ class Exchange(NamedTuple):
         return self.parallel.num_ranks if self.parallel.sharded else 1
 
     def _scaled(self, rows: Tensor, factor: float) -> Tensor:
-        return rows if self.parallel.num_ranks == 1 else scale_gradient(rows, factor, self.parallel.channel.layer)
+        ranks, layer = self.parallel.num_ranks, self.parallel.channel.layer
+        return rows if ranks == 1 else collectives.scale_gradient(rows, factor, layer)
 
     def _send(self, rows: Tensor, traffic: list[list[int]]) -> Tensor:
         strategy = self.parallel.strategy
@@ -257,6 +244,8 @@ def run_over_ranks(
     promised: what this rank's experts return, if it is known. Where all ranks know it, they need not agree on it, and
     an error of the experts leaves the other ranks to the timeout of their process group.
     """
+    if parallel.sharded:
+        collectives.refuse_fsdp(experts, parallel.channel)
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in experts.parameters()))
     copies = parallel.copies(experts) if torch.is_grad_enabled() else []
     exchange = parallel.exchange(rows, offsets, needs_grad, copies, promised)
@@ -266,8 +255,8 @@ def run_over_ranks(
         results = [y.squeeze(0) for y in run(parallel.experts, [block.unsqueeze(0) for block in blocks], joined)]
         replaced = [t for own in joined.values() for t in own.values()]
         for number in joined:
-            place = parallel.experts.index(number)
-            refuse_reentrant(f"{parallel.channel.layer}: expert {number}", results[place], *blocks, *replaced)
+            name, result = f"{parallel.channel.layer}: expert {number}", results[parallel.experts.index(number)]
+            collectives.refuse_reentrant(name, result, *blocks, *replaced)
     except Exception as error:
         if not ends_recomputation(error):
             exchange.fail(error, rows.device)
@@ -275,7 +264,7 @@ def run_over_ranks(
     if not parallel.sharded:
         # the experts that other ranks compute stay in the graph: their gradients here are zero, and not missing
         others = [expert for number, expert in enumerate(experts) if number not in parallel.experts]
-        results[0] = used_for_nothing(results[0], *others)
+        results[0] = collectives.used_for_nothing(results[0], *others)
     return exchange.to_tokens(results)
 
 
@@ -284,7 +273,7 @@ def run_together(
 ) -> list[Tensor]:
     """As a `Run`, by a module of all these experts: rows (t d) and int32 offsets, where those of each end -> (t d')."""
     sizes = [block.shape[1] for block in blocks]
-    offsets = integers(accumulate(sizes), blocks[0].device).int()
+    offsets = collectives.integers(accumulate(sizes), blocks[0].device).int()
     places = {number: place for place, number in enumerate(numbers)}
     own = {f"{places[number]}.{name}": t for number, theirs in parameters.items() for name, t in theirs.items()}
     y = functional_call(module, own, (torch.cat(list(blocks), dim=1).squeeze(0), offsets))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from st_moe_pytorch.distributed.collectives import Channel
+from st_moe_pytorch.distributed.collectives import Channel, group_name
 from st_moe_pytorch.distributed.compat import ProcessGroup, is_managed_by_ddp
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
@@ -27,7 +27,7 @@ class Shardable(nn.Module):
         self.num_experts = len(self.experts)
         self.is_distributed = is_distributed
         self.strategy: str | Strategy = strategy
-        self.channel = Channel("Experts", None if process_group is None else process_group.group_name)
+        self.channel = Channel("Experts", group_name(process_group))
         self.parallel: ExpertParallel | None = None
 
     def shard(self, parallel: ExpertParallel) -> None:

@@ -8,6 +8,7 @@ experts sharded or not. Every rank has to run every forward and every backward, 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from st_moe_pytorch.distributed.agreement import gather_objects, require_agreement
-from st_moe_pytorch.distributed.collectives import Channel
-from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp
+from st_moe_pytorch.distributed.collectives import Channel, group_name
+from st_moe_pytorch.distributed.compat import DeviceMesh, ProcessGroup, leave_out_of_ddp, timeout_of, without_wrappers
 from st_moe_pytorch.distributed.exchange import ExpertParallel
 from st_moe_pytorch.distributed.placement import Placement
 from st_moe_pytorch.distributed.shardable import Shardable
 from st_moe_pytorch.distributed.strategies import Strategy, check_strategy, strategy_name
 
 M = TypeVar("M", bound=nn.Module)
+
+# one of the same ranks for each default group that experts talk in
+DDP_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def shard_experts(
@@ -36,8 +40,9 @@ def shard_experts(
 
     All of them start as they are on rank 0.
 
-    process_group_or_mesh: the ranks to spread experts over; None is all of them. In a DeviceMesh of two dimensions, the
-        experts are spread over the second one and replicated over the first, and gradients are averaged over both.
+    process_group_or_mesh: the ranks to spread experts over, this one among them; None is all of them. In a DeviceMesh
+        of two dimensions, the experts are spread over the second one and replicated over the first, and gradients are
+        averaged over both.
     strategy: how rows travel, "all_to_all", "all_gather" or a `Strategy` of your own.
     equal_shapes: a promise that in each forward, all ranks have tokens of one shape and dtype, record gradients or do
         not, and get results of one dtype from their experts. Nothing is agreed on then, so that no host waits for its
@@ -72,15 +77,9 @@ def shard_experts(
     for name, layer in layers.items():
         channel, *data_parallel = (Channel(name or type(layer).__name__, group) for group in groups)
         placement = Placement(layer.num_experts, channel.size)
+        ties = ties_of(layer.experts, placement)
         parallels[name] = ExpertParallel(
-            channel,
-            placement,
-            strategy,
-            True,
-            *data_parallel,
-            ties=ties_of(layer.experts, placement),
-            model=number,
-            equal_shapes=equal_shapes,
+            channel, placement, strategy, True, *data_parallel, ties=ties, model=number, equal_shapes=equal_shapes
         )
     for name, layer in layers.items():
         parallel = parallels[name]
@@ -113,7 +112,7 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
         for number, expert in enumerate(layer.experts):
             for parameter in expert.parameters():
                 holders.setdefault(parameter, {}).setdefault(name, (layer.num_experts, set()))[1].add(number)
-    prefixes = tuple(f"{name}.experts.".removeprefix(".") for name, _ in _shardable(model, remove_duplicate=False))
+    prefixes = tuple(_prefix(name) for name, _ in _shardable(model, remove_duplicate=False))
     for parameter, names in _names_by_parameter(model).items():
         if parameter not in holders:
             continue
@@ -127,10 +126,15 @@ def _problem_with(model: nn.Module, layers: Mapping[str, Shardable]) -> str | No
     return None
 
 
+def _prefix(layer: str) -> str:
+    """How the names of all parameters of a layer's experts start."""
+    return without_wrappers(f"{layer}.experts.".removeprefix("."))
+
+
 def _names_by_parameter(module: nn.Module) -> dict[nn.Parameter, list[str]]:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+        names.setdefault(parameter, []).append(without_wrappers(name))
     return names
 
 
@@ -164,13 +168,18 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """The model in DistributedDataParallel, which averages the gradients of all but sharded experts over the ranks.
 
-    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. options: as of
-        DistributedDataParallel.
-    Raises ValueError if gradients of experts come from another number of ranks.
+    process_group: all ranks that have tokens, so with a mesh not one of its dimensions. By default a group of all ranks
+        that experts do not talk in: ranks that use different parts of a model average their gradients at different
+        moments, between other exchanges of experts. So give another group than to `shard_experts`.
+    options: as of DistributedDataParallel.
+
+    Raises ValueError if gradients of experts come from another number of ranks, and where process_group is a mesh or
+    lacks this rank.
     """
+    group_name(process_group)
     ranks = dist.get_world_size(process_group)
     ignored = []
-    for name, (experts, parallel) in sharded_layers(model).items():
+    for name, (experts, parallel) in (layers := sharded_layers(model)).items():
         if parallel.num_ranks != ranks:
             raise ValueError(
                 f"{name} has its experts on {parallel.num_ranks} ranks, but process_group has {ranks}: "
@@ -178,7 +187,16 @@ def data_parallel(
             )
         tensors = (*experts.named_parameters(remove_duplicate=False), *experts.named_buffers(remove_duplicate=False))
         ignored += [f"{name}.experts.{key}".removeprefix(".") for key, _ in tensors]
+    # DDP asks for both, and a module around the model may change the latter
+    sharded = sharded_parameters(model)
+    ignored += [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in sharded]
     leave_out_of_ddp(model, ignored)
+    channels = (channel for _, parallel in layers.values() for channel in (parallel.channel, parallel.data_parallel))
+    if process_group is None and any(channel and channel.group is dist.group.WORLD for channel in channels):
+        world: Any = dist.group.WORLD
+        if world not in DDP_GROUPS:
+            DDP_GROUPS[world] = dist.new_group(timeout=timeout_of(world))
+        process_group = DDP_GROUPS[world]
     return DistributedDataParallel(model, process_group=process_group, **options)
 
 
@@ -187,12 +205,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm, over the whole model, is at most max_norm.
 
     Returns the norm before, 0-d float64, the same on every rank. Each parameter counts once, however many ranks and
-    layers hold it.
+    layers hold it, whole or in pieces of FSDP2.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module, not its parameters as in torch.nn.utils, got {type(model).__name__}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("model must be in fully_shard (FSDP2), not FullyShardedDataParallel, whose pieces are flat")
     sharded = sharded_parameters(model)
     dense = [parameter for parameter in model.parameters() if parameter not in sharded]
     square = _square_norm(dense)
@@ -211,32 +231,48 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         channel.call(dist.all_reduce, of_experts)
         square = square.to(of_experts.device) + of_experts
     norm = square.sqrt()
-    for parameters in (dense, list(sharded)):
+    for parameters in (*_by_mesh(dense), *_by_mesh(sharded)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with gradients, apart by the mesh that FSDP has put them on, since torch computes on one at a time."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(found.values())
+
+
 def _square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients, 0-d float64, of whole ones where FSDP holds pieces of them."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # a half type's own norm in float32 stands for it
-    wide = [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm: Any = nn.utils.get_total_norm(wide)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double().square()
+    square = torch.zeros((), dtype=torch.float64)
+    for part in _by_mesh(parameters):
+        gradients: list[Any] = [parameter.grad for parameter in part]
+        # a half type's own norm in float32 stands for it
+        wide = [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = _whole(nn.utils.get_total_norm(wide)).double()
+        square = square.to(norm.device) + norm.square()
+    return square
+
+
+def _whole(t: Any) -> Any:
+    """A tensor, or what FSDP holds pieces of, whole."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state_dict of the unsharded model, on every rank, which needs the memory for it.
 
-    A sharded model loads it too, strictly.
+    A sharded model loads it too, strictly. What FSDP2 holds is a DTensor in it, but for experts of other ranks.
 
     Every rank has to call it. For models that fit no rank, ``torch.distributed.checkpoint`` saves each rank's part.
     """
     state = model.state_dict()
     for name, (_, parallel) in sharded_layers(model).items():
-        prefix = f"{name}.experts.".removeprefix(".")
-        mine = {key: t for key, t in state.items() if key.startswith(prefix)}
+        mine = {key: _whole(t) for key, t in state.items() if without_wrappers(key).startswith(_prefix(name))}
         for theirs in gather_objects(mine, parallel.channel):
             state.update({key: t for key, t in theirs.items() if key not in state})
     return state
@@ -246,11 +282,9 @@ def group_names(where: ProcessGroup | DeviceMesh | None) -> list[str | None]:
     """Names of the group that experts are spread over and, for a 2-D mesh, of the one they are replicated over."""
     ranks: Any = where
     if not hasattr(ranks, "mesh_dim_names"):
-        return [None if ranks is None else ranks.group_name]
+        return [group_name(ranks)]
     if ranks.ndim > 2:
-        raise ValueError(
-            f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks of experts), got {where}"
-        )
+        raise ValueError(f"process_group_or_mesh must have 1 or 2 dimensions, (replicas, ranks), got {where}")
     return [ranks.get_group(dimension).group_name for dimension in reversed(range(ranks.ndim))]
 
 

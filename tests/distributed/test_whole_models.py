@@ -114,8 +114,8 @@ def check_ddp_leaves_alone_what_it_was_told_to(rank):
 class Scaled(Experts):
     """A model that is nothing but experts, and a parameter that is none of theirs."""
 
-    def __init__(self):
-        super().__init__(different_experts(3))
+    def __init__(self, experts):
+        super().__init__(experts)
         self.scale = nn.Parameter(torch.ones(DIM))
 
     def forward(self, x):
@@ -124,7 +124,7 @@ class Scaled(Experts):
 
 def check_a_model_of_nothing_but_experts(rank):
     torch.manual_seed(0)
-    single = Scaled().double()
+    single = Scaled(different_experts(3)).double()
     sharded = shard_experts(copy.deepcopy(single))
     state = full_state_dict(sharded)
     assert set(state) == set(single.state_dict())
@@ -135,6 +135,13 @@ def check_a_model_of_nothing_but_experts(rank):
     (single(x) * cotangent * 1.5).sum().backward()
     name, error = largest_error(sharded, single)
     assert error < 1e-12, (name, error)
+
+    counting = shard_experts(Scaled([Statistics(rank), Statistics(rank)]))
+    buffer = counting.experts[rank].seen
+    ddp = data_parallel(counting)
+    buffer.fill_(rank + 1.0)
+    ddp(torch.randn(1, 2, 3, DIM))
+    assert (buffer == rank + 1.0).all()
 
 
 class Forgetful(nn.Module):
