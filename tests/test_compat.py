@@ -36,6 +36,21 @@ def test_recomputation_is_told_from_a_forward(use_reentrant):
     assert seen == [False, True]
 
 
+def test_reentrant_checkpointing_is_seen_in_the_forward():
+    seen = []
+
+    def forward(x):
+        seen.append(tools.compat.is_in_reentrant_checkpoint())
+        return x.sin()
+
+    x = torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        forward(x)
+    checkpoint(forward, x, use_reentrant=False)
+    checkpoint(forward, x, use_reentrant=True).sum().backward()
+    assert seen == [False, False, True, False]
+
+
 def test_the_end_of_a_recomputation_is_told_from_other_errors():
     seen = []
 

@@ -84,8 +84,7 @@ def set_expert_dropout(model: nn.Module, p: float) -> None:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     layers = [module.experts for module in model.modules() if isinstance(module, MoE)]
     # those that are on this rank
-    parts = [layer.experts.children() if isinstance(layer, Experts) else [layer] for layer in layers]
-    experts = [expert for part in parts for expert in part]
+    experts = [e for layer in layers for e in (layer.experts.children() if isinstance(layer, Experts) else [layer])]
     if not experts:
         raise ValueError(f"model must contain MoE layers, got a {type(model).__name__} without any")
     for expert in experts:

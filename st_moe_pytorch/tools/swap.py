@@ -24,7 +24,7 @@ from st_moe_pytorch.gate import RouterLinear
 from st_moe_pytorch.gating import TopNGating
 from st_moe_pytorch.layers import GEGLU, Expert, RMSNorm
 from st_moe_pytorch.moe import MoE, SparseMoEBlock, given_only
-from st_moe_pytorch.tools.compat import initialize_with, is_recomputing
+from st_moe_pytorch.tools.compat import initialize_with, is_in_reentrant_checkpoint, is_recomputing
 from st_moe_pytorch.tools.find import FeedForward, Where, feed_forwards, nearest, refuse_misfit
 
 NUMBERS = itertools.count()
@@ -150,7 +150,7 @@ class SparseFeedForward(nn.Module):
                 lost = "a swapped-in sparse layer is trained without its balance loss and router z-loss"
                 warnings.warn(f"{lost}: {how}", stacklevel=3)
         elif losses.total.requires_grad and not torch.is_grad_enabled():  # a reference model, or lost by checkpointing
-            if is_compiling:
+            if is_compiling or is_in_reentrant_checkpoint():
                 eager(self._refuse_lost, "an auxiliary loss has no gradient")()
             self.ran_in = losses.number
         else:
@@ -183,8 +183,7 @@ def padded(model: nn.Module, mask: Tensor) -> Iterator[None]:
     if not layers:
         raise ValueError(f"model must have layers that sparsify has swapped in, got a {type(model).__name__} without")
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be a tensor of bools or whole numbers, 1 for real tokens, got {got}")
+        raise ValueError(f"mask must be bool or integer, 1 for real, got {getattr(mask, 'dtype', type(mask).__name__)}")
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask.to(next(layer.parameters()).device, torch.bool)

@@ -41,8 +41,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
     def listen(decider: nn.Module, routing: Routing) -> None:
         for module, record in deciders.items():
             if module is decider and not is_recomputing():
-                tensors = {name: field for name, field in routing._asdict().items() if isinstance(field, Tensor)}
-                detached = {name: field.detach() for name, field in tensors.items()}
+                detached = {name: t.detach() for name, t in routing._asdict().items() if isinstance(t, Tensor)}
                 record.append(routing._replace(**detached))
 
     LISTENERS.of_decisions += (listen,)
