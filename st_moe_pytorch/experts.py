@@ -78,9 +78,8 @@ class Experts(Shardable):
             wanted = f"(batch, {self.num_experts}, slots, width) without offsets"
             raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
         if parallel is None and not shared:
-            return torch.stack(
-                self._same_width([self._call(i, part.contiguous()) for i, part in enumerate(x.unbind(dim=1))]), dim=1
-            )
+            parts = x.transpose(0, 1).contiguous().unbind()  # each in one piece, as some experts need it
+            return torch.stack(self._same_width([self._call(i, part) for i, part in enumerate(parts)]), dim=1)
         b, e, n, _ = x.shape
         rows = rearrange(x, "b e n d -> (e b n) d")
         ends = torch.arange(1, e + 1, dtype=torch.int32, device=x.device) * (b * n)

@@ -2787,8 +2787,8 @@ FAULTS = [
     Fault(
         "parts of buffers of slots are strided",
         "experts.py",
-        "self._call(i, part.contiguous())",
-        "self._call(i, part)",
+        "x.transpose(0, 1).contiguous().unbind()",
+        "x.transpose(0, 1).unbind()",
         "test_experts.py::test_experts_on_slots_get_tokens_in_one_piece",
     ),
     Fault(
@@ -2955,8 +2955,8 @@ FAULTS = [
     Fault(
         "fully_shard of replicas of experts is refused",
         "distributed/collectives.py",
-        "ranks_of_fsdp(set(experts.parameters())) & set(dist.get_process_group_ranks(channel.group))",
-        "ranks_of_fsdp(set(experts.parameters()))",
+        "ranks_of_fsdp(experts.parameters()) & set(dist.get_process_group_ranks(channel.group))",
+        "ranks_of_fsdp(experts.parameters())",
         f"{FSDP}::test_fully_shard_of_replicas_of_experts",
     ),
     Fault(

@@ -241,7 +241,7 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], channel: Channel)
 
 def refuse_fsdp(experts: nn.Module, channel: Channel) -> None:
     """Raise RuntimeError where `fully_shard` takes the different experts of several ranks for pieces of the same."""
-    ranks = ranks_of_fsdp(set(experts.parameters())) & set(dist.get_process_group_ranks(channel.group))
+    ranks = ranks_of_fsdp(experts.parameters()) & set(dist.get_process_group_ranks(channel.group))
     if len(ranks) > 1:
         fix = "fully_shard(..., ignored_params=sharded_parameters(model)) leaves them out"
         raise RuntimeError(f"{channel.layer}: fully_shard has mixed the experts of ranks {sorted(ranks)}: {fix}")

@@ -4,7 +4,7 @@ A test of each fails when it changes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +57,15 @@ def is_managed_by_ddp(parameter: nn.Parameter | None) -> bool:
     return active is not None and any(managed is parameter for managed in active._module_parameters)
 
 
-def ranks_of_fsdp(parameters: set[nn.Parameter]) -> set[int]:
+def ranks_of_fsdp(parameters: Iterable[nn.Parameter]) -> set[int]:
     """The ranks that `fully_shard` spreads any of these parameters over, also while a forward has them whole."""
     from torch.distributed._composable_state import _module_state_mapping
 
-    meshes = {getattr(parameter, "device_mesh", None) for parameter in parameters}
+    # every forward asks, so nobody's parameters are walked through where FSDP2 has none
+    mine = set(parameters) if _module_state_mapping else set()
+    meshes = {getattr(parameter, "device_mesh", None) for parameter in mine}
     for state in list(_module_state_mapping.values()):
         for group in getattr(state(), "_fsdp_param_groups", ()):
-            if group.is_unsharded and any(held._unsharded_param in parameters for held in group.fsdp_params):
+            if group.is_unsharded and any(held._unsharded_param in mine for held in group.fsdp_params):
                 meshes.add(group.mesh_info.mesh)
     return {rank for mesh in meshes if mesh is not None for rank in mesh.mesh.flatten().tolist()}
