@@ -124,6 +124,11 @@ def is_watched() -> bool:
     return bool(is_on) or is_lifted()
 
 
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of float32 by oneDNN, where the public function takes MKL. Not differentiable."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def copy_each(stack: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write tensors into a stack of them, maybe of another dtype, in few kernels: torch.stack casts one by one."""
     if stack.dtype == tensors[0].dtype:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from st_moe_pytorch.checks import check_counts, check_one_of, check_positive, refuse_old_pickle, typechecked
 from st_moe_pytorch.compat import contents, fused, has_hooks, is_fused, is_lifted, may_be_derived, with_known_signature
-from st_moe_pytorch.grouped.cpu import cpu_linear, is_worthwhile
+from st_moe_pytorch.grouped.cpu import cpu_linear, is_worthwhile, with_spare_rows
 
 Activation = Literal["gelu", "gelu_tanh", "silu"]
 
@@ -148,10 +148,10 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not is_worthwhile(x) or type(self.net) is not nn.Sequential or not are_plain([self.net]):
             return self.net(x)
-        last = [layer for layer in self.net if isinstance(layer, nn.Linear)][-1:]
+        rows = with_spare_rows(x.reshape(-1, x.shape[-1]))
         for layer in self.net:
-            x = cpu_linear(x, layer, layer not in last) if isinstance(layer, nn.Linear) else layer(x)
-        return x
+            rows = cpu_linear(rows, layer) if isinstance(layer, nn.Linear) else layer(rows)
+        return rows[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
 
 def gated_unit(z: Tensor, mult_bias: Tensor | float = 1.0, activation: str = "gelu") -> Tensor:

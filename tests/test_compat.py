@@ -332,6 +332,16 @@ def test_tensors_are_copied_into_a_stack_of_either_dtype(dtype):
     assert not stack[:, :, 3:].any()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_computes_linear_layers(bias):
+    x, weight = torch.randn(70, 9), torch.randn(5, 9)
+    bias = torch.randn(5) if bias else None
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(compat.onednn_linear(x, weight, bias), expected)
+    torch.testing.assert_close(compat.onednn_linear(x, weight.t().contiguous().t(), bias), expected)
+    torch.testing.assert_close(compat.onednn_linear(x.t().contiguous().t(), weight, bias), expected)
+
+
 def test_contents_of_a_module_are_its_own():
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
     assert compat.contents(module) == ({"0": module[0], "1": module[1]}, {})

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from st_moe_pytorch import Expert, Experts, MoE, SparseMoEBlock
 from st_moe_pytorch.experts import are_alike, run_shared
 from st_moe_pytorch.grouped import linear as grouped
-from st_moe_pytorch.grouped.cpu import CACHE_LINE
 from st_moe_pytorch.grouped.linear import grouped_linear, grouped_linear_backward
 from st_moe_pytorch.grouped.side_by_side import STACKS, put_side_by_side, side_by_side, together
 
@@ -519,19 +518,6 @@ def test_slots_through_shared_products_too(shape):
     )
     for got, wanted in pairs:
         assert_close(got, wanted, may_vanish=shape[0] == 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_hidden_units_of_shared_products_begin_on_cache_lines(dtype):
-    rows, offsets = torch.randn(7, 6, dtype=dtype), torch.tensor([2, 2, 6], dtype=torch.int32)
-    weights = [torch.randn(9, 6, dtype=dtype) for _ in offsets]
-    grad, line = torch.randn(7, 9, dtype=dtype), CACHE_LINE // dtype.itemsize
-    up = grouped_linear(rows, weights, [], [], offsets)
-    down = grouped_linear(grad, [w.t() for w in weights], [], [], offsets)
-    drows, *_ = grouped_linear_backward(grad, rows, weights, [], offsets, (False, False))
-    dhidden, *_ = grouped_linear_backward(rows, grad, [w.t() for w in weights], [], offsets, (False, False))
-    assert [t.stride() for t in (up, dhidden)] == [(9 + -9 % line, 1)] * 2
-    assert [t.stride() for t in (down, drows)] == [(6, 1)] * 2
 
 
 def test_a_product_without_the_kernel_looks_at_offsets_once_each_way(monkeypatch):

@@ -1,7 +1,8 @@
 """Linear layers in the forms that take least time on CPU.
 
-Of many rows, a matrix product takes up to a third longer where the rows of its result do not begin on cache lines, as
-those of `Expert` do not unless its number of hidden units happens to be a multiple of 16: they are aligned.
+Of many rows, oneDNN multiplies float32 faster than MKL on processors of AMD, and half types everywhere. For each number
+of rows that it meets, it makes a kernel, in a millisecond, and keeps the last 1,024: rows of zeros are added, so that
+few numbers occur.
 
 Of few rows, as in decoding, MKL leaves threads idle: the product is that of a batch, a part of the matrix's columns for
 each thread. Of the fewest, it is that of the matrix and columns instead of rows and the matrix.
@@ -17,71 +18,88 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from st_moe_pytorch.checks import can_be_looked_at
-from st_moe_pytorch.compat import is_watched, may_be_derived, with_known_signature
+from st_moe_pytorch.compat import is_watched, may_be_derived, onednn_linear, with_known_signature
 
-CACHE_LINE = 64  # bytes
-MANY = 2**17  # numbers of the input; of fewer, products take as long aligned or not
+MANY = 2**15  # numbers of the input; of fewer, in more than few rows, nothing is gained
 FEW, FEWEST = 64, 3  # rows
 WORTH_PARTS = 2**15  # numbers of a matrix; of fewer, what parts cost in calls is more than they save
 WIDE, WIDE_TO_TRAIN = 128, 512  # layers whose matrices are likely as large; in training, gradients cost calls too
-DTYPES = torch.float32, torch.float64
+IS_AMD = "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))  # MKL is made for Intel's processors
+DTYPES, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 
 
 def is_worthwhile(x: Tensor) -> bool:
     """Whether plain linear layers of x (..., i) may be computed by `cpu_linear` instead of called, and gain."""
     # first of all, since compilers would guard on the number of tokens
-    if not can_be_looked_at(x) or torch.is_autocast_enabled("cpu") or is_watched():
+    if not can_be_looked_at(x) or is_watched() or x.layout != torch.strided:
         return False
-    is_plain = x.dtype in DTYPES and x.layout == torch.strided
+    if x.numel() > FEW * x.shape[-1]:
+        return x.numel() >= MANY and is_for_onednn(x)
     is_wide = x.shape[-1] >= (WIDE_TO_TRAIN if torch.is_grad_enabled() else WIDE)
-    return is_plain and (x.numel() >= MANY or (is_wide and 0 < x.numel() <= FEW * x.shape[-1]))
+    return is_wide and x.numel() > 0 and _dtype_of_products(x) in DTYPES
 
 
-def cpu_linear(x: Tensor, linear: nn.Linear, to_hidden: bool) -> Tensor:
-    """``linear(x)`` of x (..., i). Aligned are the results (..., o) if ``to_hidden``, or else the gradients of x."""
+def is_for_onednn(x: Tensor) -> bool:
+    """Whether oneDNN should compute linear layers of x (..., i), or does so anyway."""
+    dtype, has_many_rows = _dtype_of_products(x), x.numel() > FEW * x.shape[-1]
+    is_fast = dtype in HALF or (dtype == torch.float32 and IS_AMD)
+    is_on = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return is_fast and has_many_rows and x.device.type == "cpu" and is_on
+
+
+def with_spare_rows(rows: Tensor) -> Tensor:
+    """Rows (t i) and, for oneDNN, zeros behind them up to one of 16 numbers between a power of two and the next."""
+    spare = -len(rows) % max(16, 2 ** (len(rows).bit_length() - 5)) if is_for_onednn(rows) else 0
+    return torch.cat((rows, rows.new_zeros(spare, rows.shape[1]))) if spare else rows
+
+
+def cpu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """``linear(x)`` of x (..., i)."""
+    if _dtype_of_products(x) in HALF:
+        return linear(x)
     inputs = x, linear.weight, linear.bias
-    return (_Linear.apply if may_be_derived(*inputs) else _Linear.forward)(*inputs, to_hidden)
-
-
-def empty_rows(t: Tensor, *shape: int) -> Tensor:
-    """An empty tensor of t's dtype and device, whose rows, along the last axis, begin on cache lines."""
-    padded = shape[-1] + -shape[-1] % (CACHE_LINE // t.element_size())
-    # no view of a wider tensor, since results of functions that are views cannot be changed in place
-    return t.new_empty_strided(shape, torch.empty(*shape[:-1], padded, device="meta").stride())
+    return (_Linear.apply if may_be_derived(*inputs) else _Linear.forward)(*inputs)
 
 
 @with_known_signature
 class _Linear(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, to_hidden: bool) -> Tensor:
-        return _product(x, weight.t(), bias, to_hidden)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, weight.t(), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        (x, weight, _, ctx.to_hidden), (of_x, of_weight, *_) = inputs, ctx.needs_input_grad
+        (x, weight, _), (of_x, of_weight, _) = inputs, ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (x, weight), (of_x, of_weight, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        dx = _product(grad, weight, None, not ctx.to_hidden) if of_x else None
-        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None
-        return dx, dweight, rows.sum(0) if of_bias else None, None
+        dx = _product(grad, weight) if of_x else None
+        dweight = _product(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None
+        return dx, dweight, rows.sum(0) if of_bias else None
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, is_aligned: bool) -> Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b + bias`` of a (..., i) and b (i o)."""
     if may_be_derived(a, b, bias):
         return F.linear(a, b.t(), bias)
-    shape = *a.shape[:-1], b.shape[1]
-    y = empty_rows(a, *shape) if is_aligned and a.numel() >= MANY else a.new_empty(shape)
-    write_product(y.view(-1, shape[-1]), a.reshape(-1, a.shape[-1]), b, bias)
+    if _is_onednn_to_multiply(a, b, bias):
+        return onednn_linear(a, b.t(), bias)
+    y = a.new_empty(*a.shape[:-1], b.shape[1])
+    write_product(y.view(-1, b.shape[1]), a.reshape(-1, a.shape[-1]), b, bias)
     return y
 
 
 def write_product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
-    """Write ``rows @ matrix + bias`` of rows (t i), matrix (i o) and bias (o) into out (t o)."""
+    """Write ``rows @ matrix + bias`` of rows (t i), matrix (i o) and bias (o) into out (t o), which may have less rows.
+
+    Those are the first ones.
+    """
+    if len(rows) > len(out) or _is_onednn_to_multiply(rows, matrix, bias):
+        _ = out.copy_(_product(rows, matrix, bias)[: len(out)])
+        return
     if (parts := _num_parts(rows, matrix)) == 1:
         _ = torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
         return
@@ -91,6 +109,18 @@ def write_product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None
     else:
         of_parts = torch.bmm(rows.expand(parts, -1, -1), blocks)
     _ = out.copy_(of_parts) if bias is None else torch.add(of_parts, bias.view(parts, 1, -1), out=out)
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _is_onednn_to_multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+    """Instead of MKL, which it does fast only where memory is in this order."""
+    if not is_for_onednn(a) or {t.dtype for t in (a, b, bias) if t is not None} != {torch.float32}:
+        return False
+    is_outer = a.ndim == 2 and a.t().is_contiguous() and len(b) > FEW and len(a) < b.shape[1]
+    return (a.is_contiguous() or is_outer) and (b.is_contiguous() or b.t().is_contiguous())
 
 
 def _num_parts(rows: Tensor, matrix: Tensor) -> int:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from st_moe_pytorch.compat import copy_each, fused
-from st_moe_pytorch.grouped.cpu import empty_rows, write_product
+from st_moe_pytorch.grouped.cpu import with_spare_rows, write_product
 from st_moe_pytorch.grouped.side_by_side import ALIGNMENT, side_by_side
 
 Tensors = Sequence[Tensor]
@@ -54,7 +54,7 @@ def grouped_linear(rows: Tensor, weights: Tensors, biases: Tensors, scales: Tens
     y, blocks = _empty_result(rows, weights, biases, scales, offsets), _blocks(offsets)
     for j, block in enumerate(blocks):
         matrix, bias = weights[j].to(y.dtype).t(), biases[j].to(y.dtype) if biases else None
-        write_product(y[block], _scaled(rows[block], scales, j), matrix, bias)
+        write_product(y[block], _scaled(with_spare_rows(rows[block]), scales, j), matrix, bias)
     y[blocks[-1].stop :] = 0
     return y
 
@@ -85,9 +85,10 @@ def grouped_linear_backward(
     found = _empty_gradients(grad, rows, weights, scales, offsets, asked)
     (drows, dweights, dbiases, dscales), blocks = found, _blocks(offsets)
     for j, block in enumerate(blocks):
-        write_product(drows[block], grad[block], weights[j].to(rows.dtype))
+        of_block = with_spare_rows(grad[block])
+        write_product(drows[block], of_block, weights[j].to(rows.dtype))
         if of_parameters:
-            torch.mm(grad[block].t(), _scaled(rows[block], scales, j), out=dweights[j])
+            write_product(dweights[j], of_block.t(), _scaled(with_spare_rows(rows[block]), scales, j))
         if of_biases:
             torch.sum(grad[block], 0, out=dbiases[j])
         if scales:
@@ -100,7 +101,7 @@ def grouped_linear_backward(
 
 @grouped_linear.register_fake
 def _empty_result(rows: Tensor, weights: Tensors, biases: Any, scales: Any, offsets: Tensor) -> Tensor:
-    return _empty_rows(rows, offsets, *weights[0].shape[-2:])
+    return rows.new_empty(rows.shape[0], weights[0].shape[-2])
 
 
 @grouped_linear_backward.register_fake
@@ -109,7 +110,7 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     e, (out, into), (of_parameters, of_biases) = len(offsets), weights[0].shape[-2:], asked
     return (
-        _empty_rows(rows, offsets, into, out),
+        rows.new_empty(rows.shape[0], into),
         grad.new_empty(e if of_parameters else 0, out, into),
         grad.new_empty(e if of_biases else 0, out),
         grad.new_empty(e if of_parameters and scales else 0, into),
@@ -176,12 +177,6 @@ def _flops(rows: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__:
 @register_flop_formula(torch.ops.st_moe_pytorch.grouped_linear_backward)
 def _flops_of_gradients(grad: Any, rows: Any, weights: Any, scales: Any, offsets: Any, asked: Any, **_: Any) -> int:
     return _flops(rows, weights) * (2 if asked[0] else 1)
-
-
-def _empty_rows(rows: Tensor, offsets: Tensor, width: int, others: int) -> Tensor:
-    """(t width), in aligned rows on CPU if they are hidden units, which there are more of than of others."""
-    is_aligned = rows.device.type == "cpu" and width > others and not has_kernel(rows, len(offsets))
-    return (empty_rows if is_aligned else torch.Tensor.new_empty)(rows, rows.shape[0], width)
 
 
 def _blocks(offsets: Tensor) -> list[slice]:
