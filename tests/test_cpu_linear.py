@@ -164,6 +164,12 @@ def test_products_of_many_rows_are_those_of_onednn(onednn):
             assert onednn(lambda: wide(x)) == []
 
 
+def test_inputs_of_another_width_are_told_as_by_the_called_modules():
+    expert, _ = expert_and_rows()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        expert(torch.ones(1, 347, DIM + 1))
+
+
 def test_few_numbers_of_rows_occur():
     numbers = {len(with_spare_rows(torch.ones(rows, 1))) for rows in range(FEW + 1, 2**14 + 1)}
     assert len(numbers) == 4 + 8 + 16 * 6

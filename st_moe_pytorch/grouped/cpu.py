@@ -120,7 +120,8 @@ def _is_onednn_to_multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> 
     if not is_for_onednn(a) or {t.dtype for t in (a, b, bias) if t is not None} != {torch.float32}:
         return False
     is_outer = a.ndim == 2 and a.t().is_contiguous() and len(b) > FEW and len(a) < b.shape[1]
-    return (a.is_contiguous() or is_outer) and (b.is_contiguous() or b.t().is_contiguous())
+    is_in_order = (a.is_contiguous() or is_outer) and (b.is_contiguous() or b.t().is_contiguous())
+    return is_in_order and a.shape[-1] == len(b)  # others are told of by MKL
 
 
 def _num_parts(rows: Tensor, matrix: Tensor) -> int:
