@@ -48,7 +48,10 @@ def is_for_onednn(x: Tensor) -> bool:
 
 
 def with_spare_rows(rows: Tensor) -> Tensor:
-    """Rows (t i) and, for oneDNN, zeros behind them up to one of 16 numbers between a power of two and the next."""
+    """Rows (t i) and, for oneDNN, zeros behind them up to one of 16 numbers between a power of two and the next.
+
+    How many depends on their number and dtype, not on their width: gradients get as many as what they belong to.
+    """
     spare = -len(rows) % max(16, 2 ** (len(rows).bit_length() - 5)) if is_for_onednn(rows) else 0
     return torch.cat((rows, rows.new_zeros(spare, rows.shape[1]))) if spare else rows
 
@@ -93,10 +96,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def write_product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
-    """Write ``rows @ matrix + bias`` of rows (t i), matrix (i o) and bias (o) into out (t o), which may have less rows.
-
-    Those are the first ones.
-    """
+    """Write ``rows @ matrix + bias`` of rows (t i), matrix (i o) and bias (o) into out (t o), without spare rows."""
     if len(rows) > len(out) or _is_onednn_to_multiply(rows, matrix, bias):
         _ = out.copy_(_product(rows, matrix, bias)[: len(out)])
         return
